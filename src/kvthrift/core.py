@@ -1,0 +1,190 @@
+"""The records every layer of kvthrift passes around.
+
+Dimensions: ``B`` sequences, ``L`` layers, ``H`` KV heads, ``G`` query heads per KV head, ``T`` entries, ``W`` window
+queries, ``Dk`` and ``Dv`` key and value head dims. Knows nothing of how any record is made or used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvthrift.errors import MissingSignalError
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of one attention layer: KV heads, query heads, key and value head dims."""
+
+    kv_heads: int
+    query_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head (``G``)."""
+        return self.query_heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a part needs to see. The runtime gathers each once, and nothing undeclared.
+
+    ``window``: how many of the last queries; ``moments``: mean and covariance of pre-RoPE
+    queries from position ``moments_after`` on; ``columns``:
+    attention received by each entry from all queries so far; ``output_weight``: the output projection;
+    ``rope``: the rotary embedding.
+    """
+
+    window: int = 0
+    moments: bool = False
+    moments_after: int = 0
+    columns: bool = False
+    output_weight: bool = False
+    rope: bool = False
+
+    def __or__(self, other: Signals) -> Signals:
+        return Signals(
+            max(self.window, other.window),
+            self.moments or other.moments,
+            max(self.moments_after, other.moments_after),
+            self.columns or other.columns,
+            self.output_weight or other.output_weight,
+            self.rope or other.rope,
+        )
+
+    def __str__(self) -> str:
+        names = [f"last {self.window} queries"] if self.window else []
+        names += [
+            label
+            for wanted, label in (
+                (self.moments, "query mean and covariance"),
+                (self.columns, "attention column sums"),
+                (self.output_weight, "output projection"),
+                (self.rope, "rotary embedding"),
+            )
+            if wanted
+        ]
+        return ", ".join(names) or "keys and values only"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A static rotary embedding in the half-split convention, on the first ``2 * len(inv_freq)`` dims of a head."""
+
+    inv_freq: Tensor
+    attention_scaling: float = 1.0
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """Angles ``[..., R/2]`` in radians for integer ``positions [...]``, in float32."""
+        return positions[..., None].float() * self.inv_freq.to(positions.device)
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate ``x [..., D]`` by ``positions [...]`` (negative un-rotates); magnitudes are untouched."""
+        half = self.inv_freq.numel()
+        angles = self.angles(positions)
+        cos, sin = angles.cos(), angles.sin()
+        first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """What only the model's own attention module can tell, asked for when a part declares it."""
+
+    output_weight: Callable[[], Tensor]
+    rope: Callable[[], Rope]
+
+
+def no_facts(what: str) -> ModuleFacts:
+    """Facts of a module that can tell nothing: each question raises with ``what`` as the reason."""
+
+    def refuse() -> Tensor:
+        raise MissingSignalError(what)
+
+    return ModuleFacts(output_weight=refuse, rope=refuse)  # type: ignore[arg-type]
+
+
+@dataclass
+class QueryMoments:
+    """Running sums over pre-RoPE queries: ``count [B]``, ``total [B, HG, D]``, ``outer [B, HG, D, D]`` (float32)."""
+
+    count: Tensor
+    total: Tensor
+    outer: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean query ``[B, HG, D]``."""
+        return self.total / self.count.clamp(min=1)[:, None, None]
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance ``[B, HG, D, D]``, divided by the count."""
+        mean = self.mean
+        return self.outer / self.count.clamp(min=1)[:, None, None, None] - mean[..., :, None] * mean[..., None, :]
+
+
+@dataclass
+class LayerView:
+    """What the parts of a recipe see of one layer when it is compressed.
+
+    Entries are left-aligned and in position order: entry ``i`` of head ``(b, h)`` is real when ``i < lengths[b, h]``.
+
+    Attributes:
+        layer, layers: index of this layer among the compressed ones, and their number.
+        numbers: the model's own numbers of the compressed layers; empty if they are ``0 .. layers - 1``.
+        keys, values: ``[B, H, T, Dk]`` as cached (post-RoPE), ``[B, H, T, Dv]``.
+        positions: ``[B, H, T]`` int64, true token positions.
+        lengths: ``[B, H]`` int64.
+        seen: ``[B]`` int64, tokens of each sequence so far.
+        scale: the softmax scale of the layer.
+        group: query heads per KV head.
+        queries, query_positions: ``[B, HG, W, Dk]`` post-RoPE, ``[B, W]`` int64 (-1 where there is none).
+        moments, columns, output_weight, rope: further signals; ``columns [B, H, T]`` float32, ``output_weight
+        [HG, Dv, hidden]``.
+    """
+
+    layer: int
+    layers: int
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    lengths: Tensor
+    seen: Tensor
+    scale: float
+    group: int = 1
+    queries: Tensor | None = None
+    query_positions: Tensor | None = None
+    moments: QueryMoments | None = None
+    columns: Tensor | None = None
+    output_weight: Tensor | None = None
+    rope: Rope | None = None
+    numbers: tuple[int, ...] = ()
+    _valid: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def valid(self) -> Tensor:
+        """``[B, H, T]`` bool: which entries are real."""
+        if self._valid is None:
+            steps = torch.arange(self.keys.shape[2], device=self.keys.device)
+            self._valid = steps < self.lengths[..., None]
+        return self._valid
+
+    def tail(self, count: int) -> Tensor:
+        """``[B, H, T]`` bool: the last ``count`` real entries of each head."""
+        steps = torch.arange(self.keys.shape[2], device=self.keys.device)
+        return self.valid & (steps >= self.lengths[..., None] - count)
+
+
+@dataclass(frozen=True)
+class AttentionOutput:
+    """Attention over one set of entries: ``out [B, HG, Q, Dv]`` and, if asked for, ``lse [B, HG, Q]`` (float32)."""
+
+    out: Tensor
+    lse: Tensor | None = None
