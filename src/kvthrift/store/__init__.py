@@ -1,0 +1,9 @@
+"""Ragged, paged, per-head storage of one layer's entries, with the memory really freed.
+
+Knows nothing of recipes, queries or models: it is handed keys, values and positions, and gives them back.
+"""
+
+from kvthrift.store.layer import LayerStore
+from kvthrift.store.pool import PagePool
+
+__all__ = ["LayerStore", "PagePool"]

@@ -1,0 +1,343 @@
+"""One layer's entries: a table of pages for each (sequence, head), lengths that may all differ, true positions.
+
+Two numbers are never confused: how many tokens a sequence has seen (the caller's business) and how many entries a
+head holds (``lengths``). Entries of a head stand in position order. Where every head holds as many pages and nobody
+shares them, the pages lie in table order and reading is a view; otherwise it is one gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvthrift.core import LayerShape
+from kvthrift.errors import CacheStateError
+from kvthrift.store.pool import PagePool, Pages
+
+Lengths = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StoreView:
+    """A layer's entries as rectangles: ``keys [B, H, T, Dk]``, ``values [B, H, T, Dv]``, finite everywhere.
+
+    ``bias [B, H, T]`` is added to logits: ``-inf`` where a head has fewer than T entries; None where all have T.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+
+class LayerStore:
+    """Ragged paged storage of one layer.
+
+    Args:
+        shape: heads and head dims.
+        batch: sequences.
+        dtype, device: of keys and values.
+        page: entries a page.
+        planes: names of float32 numbers kept with each entry (``bias`` is added to logits on reading).
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        page: int = 64,
+        planes: tuple[str, ...] = (),
+    ) -> None:
+        self.shape = shape
+        self.batch = batch
+        self.page = page
+        self.pool = PagePool(page, shape.key_dim, shape.value_dim, dtype, device, planes)
+        self.lengths: Lengths = np.zeros((batch, shape.kv_heads), dtype=np.int64)
+        self._set_table(np.full((batch * shape.kv_heads, 0), -1, dtype=np.int64))
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self.pool.keys.device
+
+    @property
+    def longest(self) -> int:
+        """Entries of the longest head."""
+        return int(self.lengths.max(initial=0))
+
+    @property
+    def entries(self) -> int:
+        """Entries of all heads and sequences."""
+        return int(self.lengths.sum())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the live tensors: pages, page table on the device included."""
+        return self.pool.bytes + self._index.numel() * self._index.element_size()
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every head holds as many entries."""
+        return bool((self.lengths == self.lengths.flat[0]).all()) if self.lengths.size else True
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        *,
+        counts: Lengths | None = None,
+        planes: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add entries behind those of every head.
+
+        Args:
+            keys, values: ``[B, H, T, Dk]``, ``[B, H, T, Dv]``, left-aligned.
+            positions: ``[B, T]`` int64.
+            counts: ``[B]`` how many of the T are real for each sequence; all by default.
+            planes: ``[B, H, T]`` a plane; zero by default.
+        """
+        b, h, t = keys.shape[:3]
+        added = np.full(b, t, dtype=np.int64) if counts is None else counts
+        start = self.lengths
+        self._reserve(start + added[:, None])
+        whole = counts is None and self._dense and self.uniform
+        at = int(start.flat[0]) if whole else 0
+        spread = positions[:, None, :].expand(b, h, t)
+        sources = {"keys": keys, "values": values, "positions": spread.to(torch.int32)}
+        for name in self.pool.planes:
+            given = (planes or {}).get(name)
+            sources[name] = torch.zeros(b, h, t, device=self.device) if given is None else given.float()
+        if whole:
+            for name, source in sources.items():
+                self._rectangle(self._tensor(name))[:, :, at : at + t] = source
+        else:
+            steps = np.arange(t)
+            real = np.broadcast_to(steps < added[:, None, None], (b, h, t))
+            slots = self._slots(start[..., None] + steps, real)
+            chosen = None if counts is None else torch.from_numpy(np.flatnonzero(real)).to(self.device)
+            for name, source in sources.items():
+                flat = source.reshape(b * h * t, *source.shape[3:])
+                self._tensor(name).flatten(0, 1).index_copy_(0, slots, flat if chosen is None else flat[chosen])
+        self.lengths = start + added[:, None]
+
+    def replace(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        lengths: Lengths,
+        *,
+        planes: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Hold these entries and nothing else, in fresh pages; the old ones are given back.
+
+        Args:
+            keys, values: ``[N, Dk]``, ``[N, Dv]``, ordered by (sequence, head, position).
+            positions: ``[N]`` int64.
+            lengths: ``[B, H]``, summing to N.
+            planes: ``[N]`` each; the store holds these planes from now on, and no others.
+        """
+        self._release()
+        self.pool = self._new_pool(tuple(planes or {}))
+        self._set_table(np.full((lengths.size, 0), -1, dtype=np.int64))
+        self.batch = lengths.shape[0]
+        self.lengths = np.zeros_like(lengths)
+        self._reserve(lengths, spare=False)
+        steps = np.arange(int(lengths.max(initial=0)))
+        real = steps < lengths[..., None]
+        slots = self._slots(np.broadcast_to(steps, real.shape), real)
+        sources = {"keys": keys, "values": values, "positions": positions.to(torch.int32), **(planes or {})}
+        for name, source in sources.items():
+            self._tensor(name).flatten(0, 1).index_copy_(0, slots, source)
+        self.lengths = lengths.copy()
+
+    def rewind(self, limits: Tensor) -> None:
+        """Forget every entry at position ``limits [B]`` or later."""
+        if not self.longest:
+            return
+        before = (self.positions() < limits[:, None, None].to(self.device)) & self.valid()
+        self.lengths = before.sum(dim=-1).cpu().numpy().astype(np.int64)
+        if self._dense:
+            return
+        needed = -(-self.lengths.reshape(-1) // self.page)
+        spare = np.arange(self.table.shape[1]) >= needed[:, None]
+        self.pool.release(self.table[spare & (self.table >= 0)])
+        self._set_table(np.where(spare, -1, self.table))
+
+    def write(self, plane: str, values: Tensor) -> None:
+        """Set a plane from ``[B, H, T]``, T the longest head."""
+        self._own(np.zeros(self.lengths.size, dtype=np.int64), np.full(self.lengths.size, self.table.shape[1]))
+        valid = self.valid()
+        slots = self._slots(np.broadcast_to(np.arange(self.longest), valid.shape), valid.cpu().numpy())
+        self.pool.planes[plane].view(-1).index_copy_(0, slots, values[valid].float())
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def read(self) -> StoreView:
+        """All entries as rectangles of the longest head's length."""
+        bias = None
+        if not self.uniform:
+            bias = torch.zeros(self.valid().shape, device=self.device).masked_fill_(~self.valid(), float("-inf"))
+        if "bias" in self.pool.planes:
+            logged = self._rectangle(self.pool.planes["bias"])[:, :, : self.longest]
+            bias = logged if bias is None else bias + logged
+        keys, values = (self._rectangle(t)[:, :, : self.longest] for t in (self.pool.keys, self.pool.values))
+        return StoreView(keys, values, bias)
+
+    def positions(self) -> Tensor:
+        """``[B, H, T]`` int64 true positions (0 where there is no entry)."""
+        return self._rectangle(self.pool.positions)[:, :, : self.longest].long()
+
+    def plane(self, name: str) -> Tensor:
+        """``[B, H, T]`` float32."""
+        return self._rectangle(self.pool.planes[name])[:, :, : self.longest]
+
+    def valid(self) -> Tensor:
+        """``[B, H, T]`` bool: which places hold an entry."""
+        lengths = torch.from_numpy(self.lengths).to(self.device)
+        return torch.arange(self.longest, device=self.device) < lengths[..., None]
+
+    # -- sequences -----------------------------------------------------------------------------------------------
+
+    def select(self, rows: Lengths) -> None:
+        """Hold the sequences ``rows [B']`` of the present ones, which may repeat; pages are shared, not copied."""
+        h = self.shape.kv_heads
+        old = self.table[self.table >= 0]
+        index = (rows[:, None] * h + np.arange(h)).reshape(-1)
+        table = self.table[index]
+        self.pool.share(table[table >= 0])
+        self.pool.release(old)
+        self.lengths = self.lengths[rows]
+        self.batch = len(rows)
+        self._set_table(table)
+
+    def fork(self) -> LayerStore:
+        """Another store with the same entries; pages are shared until one side writes to them."""
+        other = object.__new__(LayerStore)
+        other.shape, other.batch, other.page = self.shape, self.batch, self.page
+        other.pool = self.pool if self.table.size else self._new_pool(tuple(self.pool.planes))
+        if self.table.size:
+            self.pool.stores += 1
+        other.lengths = self.lengths.copy()
+        self.pool.share(self.table[self.table >= 0])
+        other._set_table(self.table.copy())
+        self._set_table(self.table)
+        return other
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Give back planes that are no longer needed."""
+        for name in names:
+            self.pool.planes.pop(name, None)
+
+    def check_integrity(self, *others: LayerStore) -> None:
+        """State the conservation law for this store and ``others``, all that share its pool.
+
+        Raises:
+            CacheStateError: a page is lost, owned twice, or the lengths do not match the tables.
+        """
+        held = np.zeros(self.pool.total, dtype=np.int64)
+        for store in (self, *others):
+            pages = store.table[store.table >= 0]
+            np.add.at(held, pages, 1)
+            room = (store.table >= 0).sum(axis=1) * store.page
+            if (store.lengths.reshape(-1) > room).any():
+                raise CacheStateError("a head holds more entries than its pages have room for.")
+        if not np.array_equal(held, self.pool.counts):
+            raise CacheStateError("pages owned and pages in tables differ: free + owned is not the total.")
+
+    # -- pages ---------------------------------------------------------------------------------------------------
+
+    def _tensor(self, name: str) -> Tensor:
+        pool = self.pool
+        return {"keys": pool.keys, "values": pool.values, "positions": pool.positions, **pool.planes}[name]
+
+    def _set_table(self, table: Pages) -> None:
+        self.table = table
+        width = table.shape[1]
+        in_order = np.array_equal(table.reshape(-1), np.arange(table.size))
+        alone = self.pool.stores == 1 and self.pool.total == table.size
+        self._dense = alone and in_order and bool((self.pool.counts == 1).all())
+        filled = table if self._dense or not width else np.where(table < 0, table[:, :1].clip(min=0), table)
+        self._index = torch.from_numpy(np.ascontiguousarray(filled).reshape(-1)).to(self.device, torch.int32)
+
+    def _rectangle(self, tensor: Tensor) -> Tensor:
+        """``[pages, page, ...] -> [B, H, width * page, ...]``: a view where pages lie in order, else a gather."""
+        rows = tensor if self._dense and self.pool.total == self.table.size else tensor.index_select(0, self._index)
+        return rows.view(self.batch, self.shape.kv_heads, self.table.shape[1] * self.page, *tensor.shape[2:])
+
+    def _slots(self, places: NDArray[np.int64], real: NDArray[np.bool_]) -> Tensor:
+        """Flat slot numbers of the real ``places [B, H, T]`` within each head, in order."""
+        heads = real.shape[0] * real.shape[1]
+        rows, steps = np.nonzero(real.reshape(heads, -1))
+        place = places.reshape(heads, -1)[rows, steps]
+        slots = self.table[rows, place // self.page] * self.page + place % self.page
+        return torch.from_numpy(slots).to(self.device)
+
+    def _reserve(self, lengths: Lengths, *, spare: bool = True) -> None:
+        """Own enough private pages to hold ``lengths [B, H]`` entries and write behind the present ones."""
+        needed = -(-lengths.reshape(-1) // self.page)
+        owned = (self.table >= 0).sum(axis=1)
+        if self._dense or not self.pool.total:
+            if (needed <= owned).all():
+                return
+            width = int(needed.max())
+            if (needed == width).all():
+                self.pool.widen(len(needed), width + (width // 32 if spare else 0))
+                self._set_table(np.arange(self.pool.total, dtype=np.int64).reshape(len(needed), -1))
+                return
+        self._own(self.lengths.reshape(-1) // self.page, needed)
+        owned = (self.table >= 0).sum(axis=1)
+        missing = np.maximum(needed - owned, 0)
+        if not missing.any():
+            return
+        count = int(missing.sum())
+        if spare and count > self.pool.free:
+            self.pool.resize(self.pool.total + count - self.pool.free + self.pool.total // 64)
+        width = max(int((owned + missing).max()), self.table.shape[1])
+        table = np.full((len(needed), width), -1, dtype=np.int64)
+        table[:, : self.table.shape[1]] = self.table
+        steps = np.arange(width)
+        table[(steps >= owned[:, None]) & (steps < (owned + missing)[:, None])] = self.pool.take(count)
+        self._set_table(table)
+
+    def _own(self, first: Pages, stop: Pages) -> None:
+        """Copy each head's pages ``first .. stop - 1`` where others share them: sharing ends with the first write."""
+        steps = np.arange(self.table.shape[1])
+        shared = (self.table >= 0) & (steps >= first[:, None]) & (steps < stop[:, None])
+        shared[shared] = self.pool.counts[self.table[shared]] > 1
+        if not shared.any():
+            return
+        old = self.table[shared]
+        fresh = self.pool.take(len(old))
+        self.pool.copy(old, fresh)
+        self.pool.release(old)
+        table = self.table.copy()
+        table[shared] = fresh
+        self._set_table(table)
+
+    def _new_pool(self, planes: tuple[str, ...]) -> PagePool:
+        like = self.pool.keys
+        return PagePool(self.page, self.shape.key_dim, self.shape.value_dim, like.dtype, like.device, planes)
+
+    def _release(self) -> None:
+        pages = self.table[self.table >= 0]
+        self.table = np.full((self.table.shape[0], 0), -1, dtype=np.int64)
+        self.pool.release(pages)
+        self.pool.stores -= 1
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # at interpreter exit numpy may be gone before us
+            self._release()

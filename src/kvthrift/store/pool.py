@@ -1,0 +1,151 @@
+"""Pages: fixed runs of entries in one tensor each for keys, values, positions and optional planes.
+
+A page belongs to one head of one sequence, or is shared by forks and counted. Knows nothing of which entry is where.
+
+Invariants (``check``): every page is either free or owned, never both; a page's count is the number of tables that
+list it; a page handed out is zero, so that reading its unused tail is harmless.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvthrift.errors import CacheStateError
+
+Pages = NDArray[np.int64]
+
+
+class PagePool:
+    """A growable set of pages.
+
+    Args:
+        page: entries a page.
+        key_dim, value_dim: head dims.
+        dtype, device: of keys and values.
+        planes: names of float32 numbers kept beside each entry.
+    """
+
+    def __init__(
+        self,
+        page: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        planes: tuple[str, ...] = (),
+    ) -> None:
+        self.page = page
+        self.keys = _fresh((0, page, key_dim), dtype, device)
+        self.values = _fresh((0, page, value_dim), dtype, device)
+        self.positions = _fresh((0, page), torch.int32, device)
+        self.planes = {name: _fresh((0, page), torch.float32, device) for name in planes}
+        self.counts: Pages = np.zeros(0, dtype=np.int64)
+        self.stores = 1  # how many tables list pages from here
+
+    @property
+    def total(self) -> int:
+        """Pages there are."""
+        return len(self.counts)
+
+    @property
+    def free(self) -> int:
+        """Pages nobody owns."""
+        return int((self.counts == 0).sum())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the live tensors, free pages included."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes that one entry takes, metadata included."""
+        return sum(t[0:1].numel() * t.element_size() // self.page if t.shape[0] else self._row(t) for t in self.tensors())
+
+    @staticmethod
+    def _row(t: Tensor) -> int:
+        return int(np.prod(t.shape[2:], dtype=np.int64)) * t.element_size()
+
+    def tensors(self) -> list[Tensor]:
+        """Keys, values, positions, then planes."""
+        return [self.keys, self.values, self.positions, *self.planes.values()]
+
+    def take(self, count: int) -> Pages:
+        """Hand out ``count`` zeroed pages, growing if there are too few free ones."""
+        if count > self.free:
+            self.resize(self.total + count - self.free)
+        pages = np.flatnonzero(self.counts == 0)[:count]
+        self.counts[pages] = 1
+        if count:
+            index = torch.from_numpy(pages).to(self.keys.device)
+            for tensor in self.tensors():
+                tensor.index_fill_(0, index, 0)
+        return pages
+
+    def resize(self, total: int) -> None:
+        """Make room for ``total`` pages, keeping what the first of them hold; only free pages may be cut off."""
+        if (self.counts[total:] != 0).any():
+            raise CacheStateError(f"pages beyond {total} are still owned, so the pool cannot shrink to that.")
+        kept = min(total, self.total)
+        self.keys = _resized(self.keys, total, kept)
+        self.values = _resized(self.values, total, kept)
+        self.positions = _resized(self.positions, total, kept)
+        self.planes = {name: _resized(plane, total, kept) for name, plane in self.planes.items()}
+        counts = np.zeros(total, dtype=np.int64)
+        counts[:kept] = self.counts[:kept]
+        self.counts = counts
+
+    def widen(self, rows: int, width: int) -> None:
+        """Lay pages that stand as ``rows`` equal rows out as rows of ``width`` pages; the new ones are zero and owned."""
+        self.keys, self.values, self.positions = (
+            _widened(t, rows, width) for t in (self.keys, self.values, self.positions)
+        )
+        self.planes = {name: _widened(plane, rows, width) for name, plane in self.planes.items()}
+        self.counts = np.ones(rows * width, dtype=np.int64)
+
+    def share(self, pages: Pages) -> None:
+        """One more owner for each of ``pages``."""
+        np.add.at(self.counts, pages, 1)
+
+    def release(self, pages: Pages) -> None:
+        """One owner fewer for each of ``pages``; a page without owners is free."""
+        np.subtract.at(self.counts, pages, 1)
+        if (self.counts[pages] < 0).any():
+            raise CacheStateError("a page was released more often than it was owned.")
+
+    def copy(self, source: Pages, target: Pages) -> None:
+        """Copy whole pages."""
+        src = torch.from_numpy(source).to(self.keys.device)
+        dst = torch.from_numpy(target).to(self.keys.device)
+        for tensor in self.tensors():
+            tensor.index_copy_(0, dst, tensor.index_select(0, src))
+
+    def trim(self) -> None:
+        """Give back the free pages at the end of the pool."""
+        owned = np.flatnonzero(self.counts)
+        total = int(owned[-1]) + 1 if len(owned) else 0
+        if total < self.total:
+            self.resize(total)
+
+
+def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory that may be written to in and out of inference mode, whichever it was made in."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _resized(tensor: Tensor, total: int, kept: int) -> Tensor:
+    out = _fresh((total, *tensor.shape[1:]), tensor.dtype, tensor.device)
+    out[:kept] = tensor[:kept]
+    return out
+
+
+def _widened(tensor: Tensor, rows: int, width: int) -> Tensor:
+    old = tensor.shape[0] // rows
+    out = _fresh((rows, width, *tensor.shape[1:]), tensor.dtype, tensor.device)
+    out[:, :old] = tensor.view(rows, old, *tensor.shape[1:])
+    out[:, old:] = 0
+    return out.flatten(0, 1)
