@@ -1,0 +1,125 @@
+"""The dispatch point: one function, the fastest correct implementation for what it is given.
+
+Every path is checked against :func:`kvthrift.kernels.naive.attend`. Knows nothing of pages or recipes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvthrift.core import AttentionOutput
+from kvthrift.kernels import naive
+
+_QUERY_BLOCK = 512
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    need_lse: bool = False,
+) -> AttentionOutput:
+    """Softmax attention of grouped query heads over one set of entries.
+
+    Args:
+        q: ``[B, HG, Q, D]``.
+        k, v: ``[B, H, T, D]``, ``[B, H, T, Dv]``, finite everywhere (also where ``bias`` is ``-inf``).
+        scale: factor on the logits.
+        causal: query ``i`` sees entries ``0..i`` (needs Q = T, no bias).
+        bias: ``[B, H, T]`` added to every query's logits, ``-inf`` where an entry is absent.
+        need_lse: also return the log-sum-exp, to be merged with other parts.
+
+    Returns:
+        ``out [B, HG, Q, Dv]`` and, if asked for, ``lse [B, HG, Q]``.
+    """
+    if causal and (bias is not None or q.shape[2] != k.shape[2]):
+        raise ValueError("causal attention takes as many queries as entries and no bias")
+    if not need_lse:
+        return AttentionOutput(_output_only(q, k, v, scale, causal, bias))
+    if q.device.type == "cpu":
+        return _cpu_flash(q, k, v, scale, causal, bias)
+    if bias is None and q.dtype in _HALF and q.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0:
+        return _cuda_flash(q, k, v, scale, causal)
+    return _blocked(q, k, v, scale, causal, bias)
+
+
+def _fold(q: Tensor, kv_heads: int) -> Tensor:
+    """``[B, HG, Q, D] -> [B, H, GQ, D]``: the group's queries read each key once."""
+    b, heads, length, dim = q.shape
+    return q.reshape(b, kv_heads, heads // kv_heads * length, dim)
+
+
+def _expand(bias: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(q.dtype)[:, :, None, :]
+
+
+def _output_only(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None) -> Tensor:
+    if causal:
+        group = q.shape[1] // k.shape[1]
+        if group > 1 and q.device.type == "cuda" and q.dtype not in _HALF:  # else a [Q, Q] matrix is stored
+            k, v, group = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), 1
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=group > 1)
+    folded = _fold(q, k.shape[1])
+    out = F.scaled_dot_product_attention(folded, k, v, attn_mask=_expand(bias, q), scale=scale)
+    return out.view(*q.shape[:3], v.shape[-1])
+
+
+def _cpu_flash(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None
+) -> AttentionOutput:
+    if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") or q.shape[-1] != v.shape[-1]:
+        return _blocked(q, k, v, scale, causal, bias)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    queries = q if causal else _fold(q, k.shape[1])
+    out, lse = kernel(queries, k, v, 0.0, causal, attn_mask=_expand(bias, q), scale=scale)
+    lse = lse.reshape(q.shape[:3])
+    if bias is not None:  # the kernel says 0 where a query sees no entry
+        nothing = bias.isneginf().all(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [B, HG]
+        lse = lse.masked_fill(nothing[..., None], float("-inf"))
+    return AttentionOutput(out.reshape(*q.shape[:3], v.shape[-1]), lse)
+
+
+def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> AttentionOutput:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    if causal:
+        group = q.shape[1] // k.shape[1]
+        queries, keys, values = q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    else:
+        queries, keys, values = _fold(q, k.shape[1]), k, v
+    out, lse = kernel(queries, keys, values, 0.0, causal, scale=scale)[:2]
+    return AttentionOutput(
+        out.reshape(*q.shape[:3], v.shape[-1]), lse[..., : queries.shape[2]].reshape(q.shape[:3])
+    )
+
+
+def _blocked(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None
+) -> AttentionOutput:
+    """The naive twin, a block of queries at a time, so that logits stay small."""
+    outs, lses = [], []
+    for start in range(0, q.shape[2], _QUERY_BLOCK):
+        block = q[:, :, start : start + _QUERY_BLOCK]
+        stop = start + block.shape[2]
+        if causal:
+            ahead = torch.arange(stop, device=q.device)[None, :] > torch.arange(start, stop, device=q.device)[:, None]
+            part = _causal_block(block, k[:, :, :stop], v[:, :, :stop], scale, ahead)
+        else:
+            part = naive.attend(block, k, v, scale=scale, bias=bias)
+        outs.append(part.out)
+        lses.append(part.lse)
+    return AttentionOutput(torch.cat(outs, dim=2), torch.cat([x for x in lses if x is not None], dim=2))
+
+
+def _causal_block(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor) -> AttentionOutput:
+    group = q.shape[1] // k.shape[1]
+    keys, values = k.repeat_interleave(group, dim=1).float(), v.repeat_interleave(group, dim=1).float()
+    logits = (q.float() @ keys.transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
+    lse = logits.logsumexp(dim=-1)
+    return AttentionOutput(((logits - lse[..., None]).exp() @ values).to(q.dtype), lse)

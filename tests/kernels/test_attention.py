@@ -1,0 +1,138 @@
+"""Every path of attend against attention written out in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvthrift import kernels
+from kvthrift.kernels import attention, naive
+
+LENGTHS = (1, 2, 63, 64, 65, 257)
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
+    logits = torch.einsum("bhqd,bhtd->bhqt", q.double(), keys) * scale
+    if bias is not None:
+        logits += bias.double().repeat_interleave(group, dim=1)[:, :, None]
+    if causal:
+        ahead = torch.arange(k.shape[2]) > torch.arange(q.shape[2])[:, None]
+        logits = logits.masked_fill(ahead, -torch.inf)
+    return logits.softmax(dim=-1) @ values, logits.logsumexp(dim=-1)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, need_lse: bool, causal: bool = False, bias: Tensor | None = None) -> None:
+    tolerance = TOLERANCE[q.dtype]
+    scale = q.shape[-1] ** -0.5
+    out, lse = reference(q, k, v, scale, causal, bias)
+    got = kernels.attend(q, k, v, scale=scale, causal=causal, bias=bias, need_lse=need_lse)
+    twin = naive.attend(q, k, v, scale=scale, causal=causal, bias=bias)
+    for found in (got, twin):
+        assert found.out.dtype == q.dtype
+        torch.testing.assert_close(found.out.double(), out, atol=tolerance, rtol=tolerance)
+    assert (got.lse is not None) == need_lse
+    for found in (got, twin) if need_lse else (twin,):
+        assert found.lse is not None
+        assert found.lse.dtype == torch.float32
+        torch.testing.assert_close(found.lse.double(), lse, atol=tolerance, rtol=tolerance)
+
+
+def tensors(
+    group: int, dim: int, queries: int, entries: int, dtype: torch.dtype, value_dim: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.randn(2, 2 * group, queries, dim).to(dtype),
+        torch.randn(2, 2, entries, dim).to(dtype),
+        torch.randn(2, 2, entries, value_dim or dim).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("need_lse", [False, True])
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_causal_attention_at_awkward_lengths(dtype: torch.dtype, need_lse: bool, group: int) -> None:
+    for dim, length in itertools.product((16, 64, 80), LENGTHS):
+        check(*tensors(group, dim, length, length, dtype), need_lse, causal=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("need_lse", [False, True])
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_to_the_past_at_awkward_lengths(dtype: torch.dtype, need_lse: bool, group: int, biased: bool) -> None:
+    for dim, entries, queries in itertools.product((16, 80), LENGTHS, (1, 2, 65)):
+        q, k, v = tensors(group, dim, queries, entries, dtype)
+        bias = None
+        if biased:  # ragged heads, and logs of masses on what is there
+            lengths = torch.randint(1, entries + 1, (2, 2))
+            there = torch.arange(entries) < lengths[..., None]
+            logged = torch.randint(0, 5, (2, 2, entries)) / 4  # exact in bf16
+            bias = logged.masked_fill(~there, -torch.inf)
+        check(q, k, v, need_lse, bias=bias)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_values_may_be_narrower_than_keys(causal: bool) -> None:
+    for length, value_dim in itertools.product((1, 65), (8, 24)):
+        for need_lse in (False, True):
+            check(*tensors(3, 16, length, length, torch.float32, value_dim), need_lse, causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_block_of_queries_sees_what_the_block_before_it_saw(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", 64)
+    check(*tensors(2, 16, 257, 257, torch.float32, 8), True, causal)
+
+
+def test_what_a_bias_hides_is_never_read() -> None:
+    q, k, v = tensors(3, 16, 5, 40, torch.float32)
+    bias = torch.zeros(2, 2, 40)
+    bias[:, 1, 30:] = -torch.inf
+    for need_lse in (False, True):
+        plain = kernels.attend(q, k, v, scale=0.25, bias=bias, need_lse=need_lse)
+        loud_k, loud_v = k.clone(), v.clone()
+        loud_k[:, 1, 30:], loud_v[:, 1, 30:] = 1e4, -1e4
+        again = kernels.attend(q, loud_k, loud_v, scale=0.25, bias=bias, need_lse=need_lse)
+        torch.testing.assert_close(again.out, plain.out, atol=0, rtol=0)
+
+
+def test_causal_attention_refuses_what_it_cannot_mean() -> None:
+    q, k, v = tensors(1, 16, 3, 5, torch.float32)
+    with pytest.raises(ValueError, match="as many queries"):
+        kernels.attend(q, k, v, scale=1.0, causal=True)
+    with pytest.raises(ValueError, match="no bias"):
+        kernels.attend(q, k[:, :, :3], v[:, :, :3], scale=1.0, causal=True, bias=torch.zeros(2, 2, 3))
+
+
+def test_a_query_that_sees_nothing_gets_zero_and_minus_infinity_from_the_naive_twin() -> None:
+    q, k, v = tensors(2, 16, 3, 4, torch.float32)
+    bias = torch.zeros(2, 2, 4)
+    bias[0, 1] = -torch.inf
+    found = naive.attend(q, k, v, scale=1.0, bias=bias)
+    assert found.lse is not None
+    assert (found.out[0, 2:] == 0).all()
+    assert (found.lse[0, 2:] == -torch.inf).all()
+    assert found.out.isfinite().all()
+    assert found.lse[1].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_attention_on_a_gpu_is_that_of_the_naive_twin(dtype: torch.dtype, group: int) -> None:
+    for dim, length, need_lse in itertools.product((16, 64, 80), LENGTHS, (False, True)):
+        q, k, v = (x.cuda() for x in tensors(group, dim, length, length, dtype))
+        for causal in (False, True):
+            twin = naive.attend(q, k, v, scale=0.2, causal=causal)
+            got = kernels.attend(q, k, v, scale=0.2, causal=causal, need_lse=need_lse)
+            torch.testing.assert_close(got.out, twin.out, atol=2e-2, rtol=2e-2)
+            if need_lse:
+                torch.testing.assert_close(got.lse, twin.lse, atol=1e-2, rtol=1e-3)
