@@ -1,0 +1,86 @@
+"""The allocators' contracts, and equal shares."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvthrift.core import LayerView, Signals
+from kvthrift.part import Part
+
+
+@dataclass(frozen=True)
+class LayerAllocator(Part, kind="layers"):
+    """Entries per head of each layer.
+
+    ``scope="layer"`` answers as soon as a layer is prefilled (:meth:`total`). ``scope="model"`` weighs layers against
+    each other (:meth:`weight`): the runtime cuts finished layers further as later ones are weighed, so that the whole
+    never holds more than the budget.
+    """
+
+    scope: ClassVar[Literal["layer", "model"]] = "layer"
+
+    @property
+    def needs(self) -> Signals:
+        """The signals this part reads."""
+        return Signals()
+
+    def total(self, view: LayerView, per_head: Tensor, protected: int) -> Tensor:
+        """Entries per head of this layer ``[B]`` int64.
+
+        Args:
+            view: the layer.
+            per_head: ``[B]`` int64, the mean over all layers, protected entries included.
+            protected: entries per head that are always kept.
+        """
+        return per_head
+
+    def weight(self, view: LayerView, scores: Tensor) -> Tensor:
+        """How much this layer wants, ``[B]`` float32, positive; only for ``scope="model"``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class HeadAllocator(Part, kind="heads"):
+    """Entries of each head of one layer."""
+
+    @property
+    def needs(self) -> Signals:
+        """The signals this part reads."""
+        return Signals()
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every head of a layer gets as many entries."""
+        return False
+
+    @abstractmethod
+    def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
+        """Entries of each head ``[B, H]`` int64, at most ``view.lengths``, at least 1.
+
+        Args:
+            scores: ``[B, H, T]``: ``+inf`` for protected entries, ``-inf`` where there is none.
+            per_head: ``[B]`` int64, the layer's mean.
+            view: the layer; only sizes and positions may be read.
+        """
+
+
+@dataclass(frozen=True)
+class UniformLayers(LayerAllocator, name="uniform"):
+    """The same for every layer."""
+
+
+@dataclass(frozen=True)
+class UniformHeads(HeadAllocator, name="uniform"):
+    """The same for every head."""
+
+    @property
+    def uniform(self) -> bool:
+        return True
+
+    def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
+        return torch.minimum(per_head[:, None].clamp(min=1), view.lengths)

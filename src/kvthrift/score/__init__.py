@@ -1,0 +1,25 @@
+"""Scorers: signals, keys and values in, importance of every entry out. Larger means keep.
+
+One idea a file. Knows nothing of budgets or of what is done with a score.
+"""
+
+from kvthrift.score.base import Scorer
+from kvthrift.score.column import AttentionReceived
+from kvthrift.score.expected import ExpectedAttention
+from kvthrift.score.lag import LagRelative
+from kvthrift.score.norm import KeyDifference, KeyNorm
+from kvthrift.score.order import Recency, Uninformed
+from kvthrift.score.window import LastQuery, WindowAttention
+
+__all__ = [
+    "AttentionReceived",
+    "ExpectedAttention",
+    "KeyDifference",
+    "KeyNorm",
+    "LagRelative",
+    "LastQuery",
+    "Recency",
+    "Scorer",
+    "Uninformed",
+    "WindowAttention",
+]

@@ -1,0 +1,79 @@
+"""What queries still to come are expected to look at."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvthrift.core import LayerView, Rope, Signals
+from kvthrift.part import require
+from kvthrift.score.base import Scorer
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(Scorer, name="expected_attention"):
+    """Attention expected from Gaussian queries at the next positions, times the value norm (2510.00636).
+
+    The prompt's pre-RoPE queries behind the first ``sinks`` tokens have mean mu and covariance S; both are turned by
+    the mean rotation over the next ``future`` positions. Entry j gets softmax over j of mu.k/sqrt(d) + k.S.k/(2d),
+    averaged over the group, plus ``epsilon``, times ||v||_2. The first ``sinks`` tokens score highest.
+    """
+
+    future: int = 512
+    sinks: int = 4
+    epsilon: float = 0.0
+    covariance: bool = True
+    value_norm: bool = True
+    is_mass: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(self.future >= 1, f"future={self.future} must be at least 1 position.")
+        require(self.sinks >= 0, f"sinks={self.sinks} must be 0 or more.")
+        require(self.epsilon >= 0, f"epsilon={self.epsilon} must be 0 or more.")
+
+    @property
+    def needs(self) -> Signals:
+        return Signals(moments=True, moments_after=self.sinks, rope=True)
+
+    def score(self, view: LayerView) -> Tensor:
+        if view.moments is None or view.rope is None:
+            raise ValueError("the runtime did not gather the query moments that were declared")
+        b, h, t, dim = view.keys.shape
+        turn = mean_rotation(view.rope, view.seen, self.future, dim)  # [B, D, D]
+        mean = torch.einsum("bij,bqj->bqi", turn, view.moments.mean).view(b, h, -1, dim)
+        keys = view.keys.float()
+        logits = torch.einsum("bhgd,bhtd->bhgt", mean, keys) * view.scale
+        if self.covariance:
+            spread = torch.einsum("bij,bqjk,blk->bqil", turn, view.moments.covariance, turn)
+            spread = spread.view(b, h, -1, dim, dim)
+            logits = logits + torch.einsum("bhtd,bhgde,bhte->bhgt", keys, spread, keys) * view.scale**2 / 2
+        sink = (view.positions < self.sinks) & view.valid
+        logits = logits.masked_fill((sink | ~view.valid)[:, :, None], -math.inf)
+        score = logits.softmax(dim=-1).nan_to_num(0.0).mean(dim=2) + self.epsilon
+        if self.value_norm:
+            score = score * view.values.float().norm(dim=-1)
+        top = score.masked_fill(~view.valid, 0.0).amax(dim=-1, keepdim=True)
+        return torch.where(sink, top, score)
+
+
+def mean_rotation(rope: Rope, seen: Tensor, future: int, dim: int) -> Tensor:
+    """Mean of the RoPE matrices at positions ``seen .. seen + future - 1``: ``[B, D, D]`` float32.
+
+    A mean of rotations, not a rotation: fast pairs shrink.
+    """
+    positions = seen[:, None] + torch.arange(future, device=seen.device)  # [B, F]
+    angles = rope.angles(positions)  # [B, F, R/2]
+    cos = angles.cos().mean(dim=1) * rope.attention_scaling
+    sin = angles.sin().mean(dim=1) * rope.attention_scaling
+    half = cos.shape[-1]
+    out = torch.eye(dim, device=seen.device).repeat(len(seen), 1, 1)
+    first, second = torch.arange(half), torch.arange(half) + half
+    out[:, first, first] = cos
+    out[:, second, second] = cos
+    out[:, first, second] = -sin
+    out[:, second, first] = sin
+    return out
