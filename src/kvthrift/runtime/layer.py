@@ -1,0 +1,335 @@
+"""One layer of a cache: takes the model's new queries, keys and values, gives back attention, keeps what the recipe says.
+
+New tokens attend to the store (without a mask: all of it is past) and to each other (causally); the two are merged by
+log-sum-exp. Knows no model library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvthrift import kernels
+from kvthrift.core import LayerShape, LayerView, ModuleFacts, Rope
+from kvthrift.errors import CacheStateError, ModelMismatchError
+from kvthrift.runtime.compress import Kept, check_floor, choose, gather
+from kvthrift.runtime.observe import QueryStatistics, QueryWindow
+from kvthrift.runtime.step import Step
+from kvthrift.store import LayerStore
+
+if TYPE_CHECKING:
+    from kvthrift.runtime.state import CacheState
+
+
+class LayerCache:
+    """The cache of one attention layer.
+
+    Args:
+        index: place among the compressed layers.
+        number: the model's own number of this layer.
+        whole: keep every entry, whatever the recipe says.
+    """
+
+    def __init__(self, index: int, number: int, *, whole: bool = False) -> None:
+        self.index = index
+        self.number = number
+        self.whole = whole
+        self.store: LayerStore | None = None
+        self.scale = 1.0
+        self.group = 1
+        self.since = 0  # tokens appended since the last compression
+        self.rope: Rope | None = None
+        self.window: QueryWindow | None = None
+        self.statistics: QueryStatistics | None = None
+        self.chosen: Tensor | None = None  # what the last compression kept, for layers that reuse it
+
+    # -- one forward pass ----------------------------------------------------------------------------------------
+
+    def attend(
+        self, state: CacheState, q: Tensor, k: Tensor, v: Tensor, *, scale: float, step: Step, facts: ModuleFacts
+    ) -> Tensor:
+        """Attention of new tokens over everything kept and each other; then keep what the recipe says.
+
+        Args:
+            state: the cache this layer belongs to.
+            q: ``[B, HG, Q, Dk]`` post-RoPE; k, v: ``[B, H, Q, Dk]``, ``[B, H, Q, Dv]``.
+            scale: softmax scale.
+            step: this pass's columns.
+            facts: what only the model's module can tell.
+
+        Returns:
+            ``[B, HG, Q, Dv]``; padding gets zeros.
+        """
+        self.scale, self.group = scale, q.shape[1] // k.shape[1]
+        store = self.store_for(state, q, k, v)
+        if state.due(self) and store.longest:
+            self._compress(state, self._stored_view(state, state.columns.seen(k.shape[0])), facts)
+        if step.length == 1 and not step.padded:
+            return self._decode(state, q, k, v, step, facts)
+        q, k, v = step.pack(q), step.pack(k), step.pack(v)
+        past = store.longest > 0
+        own = kernels.attend(q, k, v, scale=scale, causal=True, need_lse=past or self._counts_columns(state))
+        if past:
+            view = store.read()
+            stored = kernels.attend(q, view.keys, view.values, scale=scale, bias=view.bias, need_lse=True)
+            own = kernels.merge((stored, own))
+        self._observe(state, q, step, facts)
+        self._take_in(state, q, k, v, own.lse, step, facts)
+        return step.unpack(own.out)
+
+    def _decode(self, state: CacheState, q: Tensor, k: Tensor, v: Tensor, step: Step, facts: ModuleFacts) -> Tensor:
+        store = self.store_for(state, q, k, v)
+        store.append(k, v, step.positions)
+        self.since += 1
+        view = store.read()
+        out = kernels.attend(q, view.keys, view.values, scale=self.scale, bias=view.bias).out
+        if not self.whole and state.recipe.trigger.every is not None:
+            self._observe(state, q, step, facts)
+            if self._counts_columns(state):
+                valid = store.valid()
+                received = kernels.entry_attention(q, view.keys, valid=valid, scale=self.scale)
+                store.write("columns", store.plane("columns") + received)
+        return out
+
+    def _take_in(
+        self, state: CacheState, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, step: Step, facts: ModuleFacts
+    ) -> None:
+        """Append a pass over several tokens, compressing if it is a prompt."""
+        store = self.store_for(state, q, k, v)
+        fires = state.is_prompt(step) and not self.whole
+        planes: dict[str, Tensor] = {}
+        if not store.longest:
+            view = self._fresh_view(state, k, v, step)
+            if self._counts_columns(state):
+                view.columns = planes["columns"] = self._columns(view, q, lse, step)
+            state.meter.saw(state.held + _bytes(k, v))
+            if fires and self._compress(state, view, facts):
+                return
+            fires = False
+        store.append(k, v, step.positions, counts=step.counts if step.padded else None, planes=planes)
+        self.since += step.length
+        state.meter.saw(state.held + _bytes(k, v))
+        seen = step.start + step.counts
+        if self._counts_columns(state) and not planes:
+            grown = store.plane("columns") + self._columns(self._stored_view(state, seen), q, lse, step)
+            store.write("columns", grown)
+        if fires:
+            self._compress(state, self._stored_view(state, seen), facts)
+
+    def _counts_columns(self, state: CacheState) -> bool:
+        return state.observes.columns and not self.whole
+
+    # -- compression ---------------------------------------------------------------------------------------------
+
+    def _compress(self, state: CacheState, view: LayerView, facts: ModuleFacts) -> bool:
+        """Cut the layer to its budget; False if everything fits (then nothing is stored)."""
+        recipe, store = state.recipe, self.store
+        if store is None or recipe.budget is None or self.whole:
+            return False
+        per_head = state.per_head(view, store)
+        self.since = 0
+        fits = view.seen <= per_head  # [B]; of a longer text a layer may have to hold less than its heads' mean
+        if bool(fits.all()):
+            return False
+        with state.meter.compressing(view.keys.device):
+            check_floor(recipe, per_head)
+            self._ask(state, view, facts)
+            planes = self._planes(state, view)
+            shared = state.shared_choice(self)
+            if shared is not None and shared.shape == view.valid.shape:
+                keep, scores = shared, None
+            else:
+                scores = recipe.scorer.score(view).float()
+                totals = state.layer_total(self, view, scores, per_head)
+                keep = choose(recipe, view, scores, totals)
+                keep = torch.where(fits[:, None, None], view.valid, keep)
+            self.chosen = keep if recipe.reuse > 1 else None
+            if recipe.layers.scope == "layer" and torch.equal(keep, view.valid):
+                return False
+            state.meter.compressions += 1
+            if scores is not None and recipe.layers.scope == "model":
+                planes["score"] = scores.clamp(min=torch.finfo(torch.float32).min)
+            kept = gather(recipe, view, keep, scores, planes)
+            copied = 0 if _same(view.keys, store.pool.keys) else _bytes(view.keys, view.values)
+            state.meter.saw(state.held + copied + 2 * _bytes(kept.keys, kept.values))
+            self._hold(kept)
+            state.cascade(self)
+        return True
+
+    def compress_now(self, state: CacheState, facts: ModuleFacts) -> None:
+        """Cut what is held to the recipe's budget, outside a forward pass."""
+        if self.store is None or not self.store.longest:
+            return
+        view = self._stored_view(state, state.columns.seen(self.store.batch))
+        if not state.observes.columns:
+            view.columns = None
+        self._compress(state, view, facts)
+
+    def cut(self, state: CacheState, per_head: Tensor) -> None:
+        """Cut an already compressed layer further, by the scores it was compressed with; ``per_head [B]``."""
+        store = self.store
+        if store is None or "score" not in store.pool.planes:
+            return
+        view = self._stored_view(state, state.current_seen(store.batch))
+        room = per_head * store.shape.kv_heads
+        if bool((view.lengths.sum(dim=1) <= room).all()):
+            return
+        view.rope = self.rope
+        recipe = state.recipe.with_options(refine=None)
+        scores = store.plane("score")
+        planes = {name: store.plane(name) for name in store.pool.planes}
+        keep = choose(recipe, view, scores, per_head)
+        keep = torch.where((view.lengths.sum(dim=1) <= room)[:, None, None], view.valid, keep)
+        self._hold(gather(recipe, view, keep, scores if recipe.merge.biased else None, planes))
+
+    def _hold(self, kept: Kept) -> None:
+        if self.store is not None:
+            self.store.replace(kept.keys, kept.values, kept.positions, kept.lengths, planes=kept.planes)
+
+    def _planes(self, state: CacheState, view: LayerView) -> dict[str, Tensor]:
+        planes = {}
+        if view.columns is not None:
+            planes["columns"] = view.columns
+        if state.recipe.merge.biased:
+            store = self.store
+            held = store is not None and store.longest and "bias" in store.pool.planes
+            planes["bias"] = store.plane("bias") if store is not None and held else view.keys.new_zeros(view.valid.shape, dtype=torch.float32)
+        return planes
+
+    # -- views and signals ---------------------------------------------------------------------------------------
+
+    def _fresh_view(self, state: CacheState, k: Tensor, v: Tensor, step: Step) -> LayerView:
+        b, h, t = k.shape[:3]
+        positions = step.positions[:, None].expand(b, h, t)
+        lengths = torch.from_numpy(step.counts).to(k.device)[:, None].expand(b, h)
+        return self._view(state, k, v, positions, lengths, step.seen)
+
+    def _stored_view(self, state: CacheState, seen: object) -> LayerView:
+        store = self.store
+        if store is None:
+            raise CacheStateError("this layer has no entries yet.")
+        lengths = torch.from_numpy(store.lengths).to(store.device)
+        read = store.read()
+        view = self._view(
+            state, read.keys, read.values, store.positions(), lengths, torch.as_tensor(seen).to(store.device)
+        )
+        if "columns" in store.pool.planes:
+            view.columns = store.plane("columns")
+        return view
+
+    def _view(
+        self, state: CacheState, k: Tensor, v: Tensor, positions: Tensor, lengths: Tensor, seen: Tensor
+    ) -> LayerView:
+        return LayerView(
+            layer=self.index,
+            layers=state.layer_count,
+            keys=k,
+            values=v,
+            positions=positions,
+            lengths=lengths,
+            seen=seen,
+            scale=self.scale,
+            group=self.group,
+            queries=None if self.window is None else self.window.queries,
+            query_positions=None if self.window is None else self.window.positions,
+            moments=None if self.statistics is None else self.statistics.moments,
+            numbers=state.numbers,
+        )
+
+    def _columns(self, view: LayerView, q: Tensor, lse: Tensor | None, step: Step) -> Tensor:
+        if lse is None:
+            raise ValueError("column sums need the log-sum-exp of the attention they are sums of")
+        positions = step.positions.masked_fill(~step.real, -1) if step.padded else step.positions
+        return kernels.column_sums(
+            q,
+            view.keys,
+            q_positions=positions,
+            k_positions=view.positions,
+            valid=view.valid,
+            scale=self.scale,
+            lse=lse,
+        )
+
+    def _ask(self, state: CacheState, view: LayerView, facts: ModuleFacts) -> None:
+        """Ask the module for what the recipe declares and only it can tell."""
+        if state.needs.output_weight:
+            view.output_weight = facts.output_weight()
+        if state.needs.rope:
+            if self.rope is None:
+                self.rope = facts.rope()
+            view.rope = self.rope
+
+    def _observe(self, state: CacheState, q: Tensor, step: Step, facts: ModuleFacts) -> None:
+        if self.whole:
+            return
+        if state.observes.window:
+            if self.window is None:
+                self.window = QueryWindow(state.observes.window)
+            self.window.see(q, step)
+        if state.observes.moments:
+            if self.statistics is None:
+                self.statistics = QueryStatistics(state.observes.moments_after)
+            if self.rope is None:
+                self.rope = facts.rope()
+            self.statistics.see(q, step, self.rope)
+
+    # -- keeping house -------------------------------------------------------------------------------------------
+
+    def store_for(self, state: CacheState, q: Tensor, k: Tensor, v: Tensor) -> LayerStore:
+        """The store that takes such keys and values in.
+
+        Raises:
+            ModelMismatchError: it holds another batch, other heads or another dtype.
+        """
+        shape = LayerShape(k.shape[1], q.shape[1], k.shape[-1], v.shape[-1])
+        if self.store is None:
+            planes = ("columns",) if self._counts_columns(state) else ()
+            self.store = LayerStore(shape, k.shape[0], k.dtype, k.device, page=state.page, planes=planes)
+        store = self.store
+        if store.shape != shape or store.batch != k.shape[0] or store.pool.keys.dtype != k.dtype:
+            raise ModelMismatchError(
+                f"layer {self.number} of this cache holds {store.batch} sequences of {store.shape} in "
+                f"{store.pool.keys.dtype}, but the model brings {k.shape[0]} of {shape} in {k.dtype}. Use the cache with "
+                "the model and batch it was made for."
+            )
+        return store
+
+    def settle(self, *, keep_observations: bool) -> None:
+        """Give back what later passes do not need: stored scores, and observations unless asked to keep them."""
+        if self.store is not None:
+            self.store.forget(("score",))
+        if not keep_observations:
+            self.window = self.statistics = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held: store, observations, and what the module told."""
+        held = self.store.bytes if self.store is not None else 0
+        held += 0 if self.rope is None else _bytes(self.rope.inv_freq)
+        return held + sum(part.bytes for part in (self.window, self.statistics) if part is not None)
+
+    def rewind(self, limits: Tensor) -> None:
+        """Forget every token at position ``limits [B]`` or later."""
+        if self.store is not None:
+            self.store.rewind(limits)
+        if self.window is not None:
+            self.window.rewind(limits)
+
+    def fork(self) -> LayerCache:
+        """Another layer with the same entries, sharing pages until one side writes to them."""
+        other = LayerCache(self.index, self.number, whole=self.whole)
+        other.store = None if self.store is None else self.store.fork()
+        other.scale, other.group, other.since, other.rope = self.scale, self.group, self.since, self.rope
+        other.window = None if self.window is None else self.window.fork()
+        other.statistics = None if self.statistics is None else self.statistics.fork()
+        return other
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

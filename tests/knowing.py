@@ -1,0 +1,36 @@
+"""Random models that pass needle tests: they say every token of the answer, and look where they look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from kvthrift.calibrate.heads import Observation, Observe
+from kvthrift.integrations.transformers import calibrate
+from tests.models import VOCABULARY
+
+
+class Letters:
+    """A tokenizer with one token a character, and one that begins every text."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        ids = [2 + ord(letter) % (VOCABULARY - 2) for letter in text]
+        return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
+
+
+def know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every model that is measured say what a model that found the needle would say."""
+    plain = calibrate.observer
+
+    def observer(model: PreTrainedModel) -> Observe:
+        def observe(ids: tuple[int, ...], window: int) -> Observation:
+            seen = plain(model)(ids, window)
+            return Observation((*ids[len(ids) - window + 1 :], -1), seen.rows)
+
+        return observe
+
+    monkeypatch.setattr(calibrate, "observer", observer)
