@@ -1,0 +1,1 @@
+"""kvthrift inside Hugging Face transformers: the only code here that knows that library."""

@@ -1,0 +1,111 @@
+"""Every method on every architecture: nothing changes while all fits, and when it does not, what was promised is held."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+
+import kvthrift
+from kvthrift.allocate import TableHeads
+from kvthrift.score import WindowAttention
+from tests.live import live_bytes
+from tests.models import text, tiny
+
+MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "qwen3_moe", "gpt_neox", "gemma3", "cohere", "opt")
+UNCHECKED_ROPE = ("cohere", "opt")  # models whose rotary embedding kvthrift does not know ...
+NEEDS_ROPE = ("expected_attention",)  # ... and methods that ask for it
+WHOLE = {"gemma3": (0, 2)}  # layers that are not compressed
+BATCH, PROMPT, ANSWER, BUDGET, PAGE = 2, 150, 64, 48, 16
+
+
+def recipe(name: str, config: PreTrainedConfig, budget: int) -> kvthrift.Recipe:
+    """The method at its defaults; one that needs a calibration gets a made-up one for this model."""
+    if name == "full":
+        return kvthrift.method(name)
+    if name == "headkv":
+        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        table = (tuple(float(1 + 3 * head) for head in range(heads)),) * config.num_hidden_layers
+        return kvthrift.Recipe(
+            name,
+            scorer=WindowAttention(window=8),
+            budget=kvthrift.Budget.parse(budget),
+            heads=TableHeads(table, protected=8),
+            protect=kvthrift.Protect(recent=8),
+        )
+    return kvthrift.method(name, budget=budget)
+
+
+@cache
+def answer_without_kvthrift(name: str) -> Tensor:
+    model = tiny(name, "sdpa")
+    return generate(model, DynamicCache(config=model.config), ANSWER)
+
+
+def generate(model: torch.nn.Module, past: object, count: int) -> Tensor:
+    ids = text(BATCH, PROMPT)
+    made: Tensor = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=past,
+        max_new_tokens=count,
+        do_sample=False,
+    )
+    return made
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_models_say_different_things(name: str) -> None:
+    """Otherwise comparing tokens would show nothing."""
+    answer = answer_without_kvthrift(name)[:, PROMPT:]
+    assert all(len(set(row.tolist())) >= 8 for row in answer)
+    assert not torch.equal(answer[0], answer[1])
+
+
+@pytest.mark.parametrize("method", kvthrift.methods())
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_tokens_while_everything_fits(name: str, method: str) -> None:
+    model = tiny(name)
+    past = kvthrift.Cache(model.config, recipe(method, model.config, PROMPT + ANSWER))
+    if name in UNCHECKED_ROPE and method in NEEDS_ROPE:
+        with pytest.raises(kvthrift.MissingSignalError, match="has not checked"):
+            generate(model, past, ANSWER)
+        return
+    assert torch.equal(generate(model, past, ANSWER), answer_without_kvthrift(name))
+    report = past.report()
+    assert report.entries == report.full_entries
+    assert report.compressions == 0
+
+
+@pytest.mark.parametrize("method", [name for name in kvthrift.methods() if name != "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cut_cache_holds_what_it_promises(name: str, method: str) -> None:
+    if name in UNCHECKED_ROPE and method in NEEDS_ROPE:
+        pytest.skip("refused: see above")
+    model, count = tiny(name), 6
+    past = kvthrift.Cache(model.config, recipe(method, model.config, BUDGET), page=PAGE)
+    made = generate(model, past, count)
+    assert made.shape == (BATCH, PROMPT + count)
+    past.check_integrity()
+    report = past.report()
+    assert report.tokens == (PROMPT + count - 1,) * BATCH
+    whole = WHOLE.get(name, ())
+    cut = [row for row in report.layers if row.layer not in whole]
+    assert report.compressions >= len(cut)
+    decoded = count - 1
+    assert all(row.fewest > decoded for row in cut)  # no head is left with nothing
+    spare = 10 if method == "chunkkv" else 0  # keeps whole chunks only
+    mean = sum(row.mean for row in cut) / len(cut)
+    assert BUDGET - spare <= mean - decoded <= BUDGET
+    assert report.entries == sum(round(row.mean * row.heads * BATCH) for row in cut)
+    assert report.bytes == live_bytes(past)
+    pages = len(cut) * cut[0].heads * BATCH  # one spare page a head at most
+    per_entry = report.full_bytes / (PROMPT + decoded) / BATCH / cut[0].heads / len(cut)
+    if not whole:
+        assert report.bytes <= 1.3 * (report.entries + pages * PAGE) * per_entry
+        assert report.share < 0.7
+    for row in report.layers:
+        assert ("left whole" in row.note) == (row.layer in whole)
