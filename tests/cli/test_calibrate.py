@@ -1,0 +1,59 @@
+"""``kvthrift calibrate``: writes a file that ``headkv`` takes, or says in a line why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from kvthrift import Cache, method
+from kvthrift.cli import app
+from kvthrift.cli import calibrate as verb
+from tests.knowing import Letters, know
+from tests.models import config, tiny
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verb, "load_model", lambda *_, **__: (tiny("llama"), Letters()))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["calibrate", *arguments])
+
+
+def test_the_file_is_what_headkv_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    know(monkeypatch)
+    out = str(tmp_path / "heads.safetensors")
+    found = run("headkv", "--out", out, "--samples", "2", "--length", "700")
+    assert found.exit_code == 0, found.output
+    assert "The 4 most important of 4 KV heads" in found.output
+    assert f"-m headkv -o calibration={out}" in found.output
+    Cache(config("llama"), method("headkv", budget=64, calibration=out))
+    again = run("headkv", "--out", out, "--samples", "2", "--length", "700")
+    assert again.exit_code == 2
+    assert "exists and was left as it is" in again.stderr
+    forced = run("headkv", "--out", out, "--samples", "2", "--length", "700", "--force")
+    assert forced.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("otherkv", "--out", "x"), "unknown method to calibrate for 'otherkv'."),
+        (("headkv", "--out", "no/such/folder/x"), "not a file in an existing folder"),
+        (("headkv", "--out", "x", "--length", "50"), "too short"),
+        (("headkv", "--out", "x", "--length", "50000"), "reads at most"),
+        (("headkv", "--out", "x", "--text", "nowhere.txt"), "cannot be read"),
+        (("headkv", "--out", "x", "--samples", "1", "--length", "700"), "no token of the answer"),
+    ],
+)
+def test_bad_input_is_a_line_and_two(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run(*arguments)
+    assert found.exit_code == 2
+    assert said in found.stderr
+    assert not (tmp_path / "x").exists()
