@@ -58,7 +58,7 @@ class Signals:
         )
 
     def __str__(self) -> str:
-        names = [f"last {self.window} queries"] if self.window else []
+        names = [f"last {self.window} queries" if self.window > 1 else "last query"] if self.window else []
         names += [
             label
             for wanted, label in (

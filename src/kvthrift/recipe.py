@@ -145,7 +145,9 @@ class Recipe:
             RecipeError: unknown fields, parts or options, or values of the wrong type.
         """
         if not isinstance(data, dict) or "name" not in data or "scorer" not in data:
-            raise RecipeError("a recipe needs at least the keys 'name' and 'scorer'; this file has neither or is empty.")
+            raise RecipeError(
+                "a recipe needs at least the keys 'name' and 'scorer'; this file has neither or is empty."
+            )
         if data.get("format", FORMAT) != FORMAT:
             raise RecipeError(f"recipe format {data['format']} is not {FORMAT}: it was written by another version.")
         known = {f.name for f in fields(cls)}
@@ -169,7 +171,10 @@ class Recipe:
     def save(self, path: str | Path) -> None:
         """Write a ``.toml`` or ``.json`` file."""
         target = Path(path)
-        target.write_text(self.to_json() if target.suffix == ".json" else self.to_toml(), encoding="utf-8")
+        whole = self.to_json() if target.suffix == ".json" else self.to_toml()
+        part = target.with_name(f".{target.name}.part")
+        part.write_text(whole, encoding="utf-8")  # moved into place whole, so that a killed run leaves no half recipe
+        part.replace(target)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

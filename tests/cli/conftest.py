@@ -30,15 +30,19 @@ def byte_tokenizer(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
+def save_model(folder: Path, architecture: str) -> Path:
+    """A tiny model of that architecture and its tokenizer, as a folder."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    made = config("llama", vocab_size=len(tokenizer), max_position_embeddings=POSITIONS)
+    made = config(architecture, vocab_size=len(tokenizer), max_position_embeddings=POSITIONS)
     build(made).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("tiny"), "llama")
 
 
 @pytest.fixture

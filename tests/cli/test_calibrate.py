@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.knowing import Letters, know
+from tests.models import config, tiny
 from typer.testing import CliRunner, Result
 
 from kvthrift import Cache, method
 from kvthrift.cli import app
 from kvthrift.cli import calibrate as verb
-from tests.knowing import Letters, know
-from tests.models import config, tiny
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.cli.conftest import save_model
 from typer.testing import Result
 
 Run = Callable[..., Result]
@@ -90,6 +91,10 @@ def test_a_context_longer_than_the_model_reads_is_refused(ask: Run, text: Path) 
 def test_a_context_that_is_not_text_is_refused(ask: Run, text: Path) -> None:
     text.write_bytes(b"abc\xff\xfe")
     refused(ask(), "is not UTF-8 text (byte 3)")
+
+
+def test_a_model_that_cannot_be_compressed_is_refused(ask: Run, tmp_path: Path) -> None:
+    refused(ask("--model", save_model(tmp_path, "deepseek_v3")), "deepseek_v3")
 
 
 def test_a_recipe_that_is_none_is_refused(ask: Run, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from rich.cells import cell_len
+from tests.cli.conftest import save_model
 from typer.testing import Result
 
 from kvthrift import Recipe, method
@@ -80,6 +81,12 @@ def test_with_room_for_all_the_answers_are_the_same(ask: Run, budget: str, more:
     assert found["agreement"] == {"tokens": 8, "prefix": 8, "share": 1.0}
     assert found["full"]["answer"] == found["compressed"]["answer"]
     assert found["entries_before"] == found["entries_after"]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "gpt_neox"])
+def test_other_architectures(ask: Run, tmp_path: Path, architecture: str) -> None:
+    found = measured(ask("--model", save_model(tmp_path, architecture), "--budget", 64, "--json"))
+    assert found["bytes_after"] < found["bytes_before"]
 
 
 def test_a_hidden_question_is_not_compressed(ask: Run) -> None:

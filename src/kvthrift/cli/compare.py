@@ -5,6 +5,7 @@ Knows models and caches; nothing of terminals.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -159,18 +160,19 @@ def measure(
     """
     ids = task.prompt.ids.to(model.device)
     reports: list[CacheReport] = []
-    with ExitStack() as reading:
-        reading.enter_context(bars.reading(f"Reading, {label}", model, task.passes))
+    ticks: list[Callable[[], None]] = []
+    with ExitStack() as bar:
+        bar.enter_context(bars.reading(f"Reading, {label}", model, task.passes))
         began = perf_counter()
         cache = _read(model, ids[:, : task.split], task, recipe)
         seconds = perf_counter() - began
-        tick = bars.decoding(f"Decoding, {label}", task.max_new_tokens)
 
         def on_token(_: int) -> None:
             if not reports:
-                reading.close()
                 reports.append(cache.report())
-            tick()
+                bar.close()
+                ticks.append(bar.enter_context(bars.decoding(f"Decoding, {label}", task.max_new_tokens)))
+            ticks[0]()
 
         decoded = greedy(model, ids[:, task.split :], cache, task.max_new_tokens, on_token)
     return Arm(

@@ -41,5 +41,5 @@ def _leave(code: int, message: str, debug: bool) -> typer.Exit:
     console = Console(stderr=True)
     if debug:
         console.print_exception()
-    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), message.replace("\n", " ")), soft_wrap=True)
     return typer.Exit(code)

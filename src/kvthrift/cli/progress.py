@@ -58,7 +58,16 @@ class Bars:
             for hook in hooks:
                 hook.remove()
 
-    def decoding(self, label: str, tokens: int) -> Callable[[], None]:
-        """A bar that its caller moves token by token."""
+    @contextmanager
+    def decoding(self, label: str, tokens: int) -> Iterator[Callable[[], None]]:
+        """A bar that its caller moves token by token; an early end fills it."""
         task = self._progress.add_task(label, total=tokens, unit="tokens")
-        return lambda: self._progress.advance(task)
+        count = 0
+
+        def tick() -> None:
+            nonlocal count
+            count += 1
+            self._progress.advance(task)
+
+        yield tick
+        self._progress.update(task, total=count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -52,8 +54,9 @@ def _answers(found: Comparison, recipe: Recipe) -> Table:
 
 
 def _printable(text: str) -> str:
-    """The text without what would move a terminal's cursor."""
-    return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """The text without what would move a terminal's cursor, and without line breaks inside a sentence."""
+    shown = "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return re.sub(r"(?<=\S)\n(?=[a-z])", " ", shown)
 
 
 def _shared(a: str, b: str) -> int:
@@ -67,7 +70,7 @@ def _answer(text: str, same: int) -> Text:
 
 
 def _measures(found: Comparison, recipe: Recipe) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("")
     for name in ("full cache", recipe.name, "ratio"):
         table.add_column(Text(name), justify="right")
