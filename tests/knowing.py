@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.models import VOCABULARY
 from transformers import PreTrainedModel
 
 from kvthrift.calibrate.heads import Observation, Observe
 from kvthrift.integrations.transformers import calibrate
-from tests.models import VOCABULARY
 
 
 class Letters:

@@ -1,4 +1,4 @@
-"""Every tensor that something keeps alive, found by walking its attributes: what a report's bytes are checked against."""
+"""Every tensor that something keeps alive, found by walking its attributes: what reported bytes are checked by."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The slow truth about a compressed cache: the whole cache, with everything that was dropped masked out.
 
-``MaskedModel`` is a model of ``tests.models`` on transformers' own cache, whose attention is written out and hides, layer
-by layer and head by head, the columns that a kvthrift cache does not hold.
+``MaskedModel`` is a model of ``tests.models`` on transformers' own cache, whose attention is written out and hides,
+layer by layer and head by head, the columns that a kvthrift cache does not hold.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tests.models import tiny
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
 import kvthrift
-from tests.models import tiny
 
 NAME = "tests_masked"
 Kept = dict[int, Tensor]  # layer number -> [B, H, columns] bool
@@ -69,7 +69,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 class MaskedModel:
-    """A model that reads on with some columns hidden; ``seen`` is the last pass's attention ``[B, HG, Q, T]`` by layer."""
+    """A model that reads on with columns hidden; ``seen``: the last pass's attention ``[B, HG, Q, T]`` by layer."""
 
     def __init__(self, name: str) -> None:
         self.model = tiny(name, NAME)

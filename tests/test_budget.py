@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvthrift import Budget, BudgetError
@@ -78,6 +78,7 @@ shares = st.decimals("0.00000001", "100", places=8).map(lambda n: f"{n:f}%")
 texts = st.one_of(st.integers(1, 10**12).map(str), shares, st.integers(1, 10**15).map(lambda n: f"{n}B"))
 
 
+@settings(deadline=None)
 @given(texts)
 def test_a_budget_is_what_its_text_says(text: str) -> None:
     budget = Budget.parse(text)
@@ -131,6 +132,7 @@ def test_too_few_bytes_are_refused_with_the_least_that_would_do() -> None:
         entries("1b", 30)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6), st.integers(1, 5000), st.integers(1, 64), st.sampled_from([1, 16, 64]))
 def test_bytes_given_are_never_exceeded_in_pages(given_: int, length: int, heads: int, page: int) -> None:
     try:

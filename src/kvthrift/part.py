@@ -47,9 +47,17 @@ class Part:
         out: dict[str, Any] = {"part": self.name}
         for f in fields(self):
             value = getattr(self, f.name)
-            default = f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else MISSING
+            default = (
+                f.default
+                if f.default is not MISSING
+                else f.default_factory()
+                if f.default_factory is not MISSING
+                else MISSING
+            )
             if value != default:
-                out[f.name] = value.plain() if isinstance(value, Part) else list(value) if isinstance(value, tuple) else value
+                out[f.name] = (
+                    value.plain() if isinstance(value, Part) else list(value) if isinstance(value, tuple) else value
+                )
         return out
 
     @classmethod
@@ -142,7 +150,7 @@ def _scalar(label: str, value: Any, hint: type) -> Any:
         if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "1", "0"):
             return value.lower() in ("true", "yes", "1")
         raise OptionError(f"option {label}={value!r} is not true or false.")
-    if isinstance(value, bool) or isinstance(value, (list, tuple, dict)):
+    if isinstance(value, (bool, list, tuple, dict)):
         raise OptionError(f"option {label}={value!r} is not of type {hint.__name__}.")
     try:
         if hint is int and isinstance(value, float) and not value.is_integer():

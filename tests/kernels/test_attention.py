@@ -112,27 +112,59 @@ def test_causal_attention_refuses_what_it_cannot_mean() -> None:
         kernels.attend(q, k[:, :, :3], v[:, :, :3], scale=1.0, causal=True, bias=torch.zeros(2, 2, 3))
 
 
-def test_a_query_that_sees_nothing_gets_zero_and_minus_infinity_from_the_naive_twin() -> None:
+def test_a_query_that_sees_nothing_gets_zero_and_minus_infinity() -> None:
     q, k, v = tensors(2, 16, 3, 4, torch.float32)
     bias = torch.zeros(2, 2, 4)
     bias[0, 1] = -torch.inf
-    found = naive.attend(q, k, v, scale=1.0, bias=bias)
-    assert found.lse is not None
-    assert (found.out[0, 2:] == 0).all()
-    assert (found.lse[0, 2:] == -torch.inf).all()
-    assert found.out.isfinite().all()
-    assert found.lse[1].isfinite().all()
+    for found in (
+        naive.attend(q, k, v, scale=1.0, bias=bias),
+        kernels.attend(q, k, v, scale=1.0, bias=bias, need_lse=True),
+        kernels.attend(q, k, v[..., :8], scale=1.0, bias=bias, need_lse=True),
+    ):
+        assert found.lse is not None
+        assert (found.out[0, 2:] == 0).all()
+        assert (found.lse[0, 2:] == -torch.inf).all()
+        assert found.out.isfinite().all()
+        assert found.lse[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_call_of_transformers_is_the_same_attention(dtype: torch.dtype, causal: bool) -> None:
+    for group, length in itertools.product((1, 3), (1, 65)):
+        q, k, v = tensors(group, 16, length, length, dtype)
+        out, _ = reference(q, k, v, 0.25, causal)
+        got = kernels.attend(q, k, v, scale=0.25, causal=causal, verbatim=True).out
+        torch.testing.assert_close(got.double(), out, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_what_that_call_cannot_do_is_done_all_the_same() -> None:
+    q, k, v = tensors(3, 16, 5, 40, torch.float32)
+    bias = torch.zeros(2, 2, 40)
+    bias[:, 1, 30:] = -torch.inf
+    out, lse = reference(q, k, v, 0.25, bias=bias)
+    got = kernels.attend(q, k, v, scale=0.25, bias=bias, need_lse=True, verbatim=True)
+    assert got.lse is not None
+    torch.testing.assert_close(got.out.double(), out, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(got.lse.double(), lse, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("group", [1, 3, 4])
-def test_attention_on_a_gpu_is_that_of_the_naive_twin(dtype: torch.dtype, group: int) -> None:
+@pytest.mark.parametrize("path", ["causal", "past", "ragged", "verbatim"])
+def test_attention_on_a_gpu_is_that_of_the_naive_twin(dtype: torch.dtype, group: int, path: str) -> None:
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for dim, length, need_lse in itertools.product((16, 64, 80), LENGTHS, (False, True)):
         q, k, v = (x.cuda() for x in tensors(group, dim, length, length, dtype))
-        for causal in (False, True):
-            twin = naive.attend(q, k, v, scale=0.2, causal=causal)
-            got = kernels.attend(q, k, v, scale=0.2, causal=causal, need_lse=need_lse)
-            torch.testing.assert_close(got.out, twin.out, atol=2e-2, rtol=2e-2)
-            if need_lse:
-                torch.testing.assert_close(got.lse, twin.lse, atol=1e-2, rtol=1e-3)
+        causal, bias = path in ("causal", "verbatim"), None
+        if path == "ragged":
+            lengths = torch.randint(1, length + 1, (2, 2, 1))
+            bias = torch.zeros(2, 2, length).masked_fill(torch.arange(length) >= lengths, -torch.inf).cuda()
+        twin = naive.attend(q, k, v, scale=0.2, causal=causal, bias=bias)
+        got = kernels.attend(
+            q, k, v, scale=0.2, causal=causal, bias=bias, need_lse=need_lse, verbatim=path == "verbatim"
+        )
+        torch.testing.assert_close(got.out, twin.out, atol=tolerance, rtol=tolerance)
+        if need_lse:
+            torch.testing.assert_close(got.lse, twin.lse, atol=1e-3, rtol=1e-3)

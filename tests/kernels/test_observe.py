@@ -86,6 +86,14 @@ def test_column_sums_do_not_depend_on_the_block_size(block: int) -> None:
     torch.testing.assert_close(columns(view, block).double(), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_queries_of_padding_add_nothing_to_any_column() -> None:
+    view = layer_view(batch=2, entries=20, window=33)
+    assert view.query_positions is not None
+    view.query_positions[1, :25] = -1
+    expected = view_rows(view).mean(dim=2).sum(dim=2)
+    torch.testing.assert_close(columns(view).double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_column_sums_do_not_overflow_where_a_query_may_not_look() -> None:
     view = layer_view(entries=40, window=40)
     assert view.queries is not None

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.models import config, text, tiny
+from tests.reading import deep, held, read
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -13,8 +15,6 @@ from kvthrift import Cache, CalibrationError, ModelMismatchError, OptionError, R
 from kvthrift.calibrate import Meta, load_named, save
 from kvthrift.calibrate.heads import KIND
 from kvthrift.integrations.transformers.facts import config_fingerprint
-from tests.models import config, text, tiny
-from tests.reading import deep, held, read
 
 LENGTH = 300
 TABLE = torch.tensor([[0.5, 0.1], [0.0, 0.4]])
@@ -152,3 +152,14 @@ def test_options_out_of_range_are_refused(name: str, value: object) -> None:
 def test_an_unknown_calibration_is_refused() -> None:
     with pytest.raises(CalibrationError, match="neither a file nor shipped"):
         method("headkv", calibration="llama-9")
+
+
+def test_decoding_stays_within_the_budget_of_all_heads_together(tmp_path: Path) -> None:
+    model = deep(4)
+    table = torch.tensor([[9.0, 3.0], [0.0, 0.0], [1.0, 0.0], [2.0, 2.0]])
+    file = table_file(tmp_path, table, model.config)
+    cache = read(model, text(1, LENGTH), method("headkv", budget=64, every=16, window=16, calibration=file))
+    with torch.inference_mode():
+        for token in range(1, 60):
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache)
+            assert sum(map(sum, lengths(cache))) <= (64 + 16) * table.numel()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvthrift import BudgetError, OptionError, RecipeError, UnknownNameError, method, methods
+from kvthrift import BudgetError, OptionError, Protect, RecipeError, UnknownNameError, method, methods
 from kvthrift.merge import Evict, MassFold
 
 ALL = list(methods())
@@ -26,6 +26,40 @@ def test_every_file_of_a_method_is_listed_and_holds_the_method_of_its_name() -> 
 def test_a_recipe_carries_its_methods_name(name: str) -> None:
     assert method(name).name == name
     assert method(name).budget is None
+
+
+PROTECTED = {
+    "adakv": Protect(0, 32),
+    "cake": Protect(0, 32),
+    "chunkkv": Protect(0, 8),
+    "criticalkv": Protect(0, 32),
+    "expected_attention": Protect(4, 0),
+    "full": Protect(0, 0),
+    "h2o": Protect(0, 32),
+    "headkv": Protect(0, 32),
+    "keydiff": Protect(0, 0),
+    "knorm": Protect(0, 0),
+    "lagkv": Protect(4, 0),
+    "lava": Protect(0, 32),
+    "pyramidkv": Protect(0, 8),
+    "random": Protect(4, 32),
+    "snapkv": Protect(0, 32),
+    "streamingllm": Protect(4, 0),
+    "tova": Protect(0, 1),
+}
+
+
+@pytest.mark.parametrize(("name", "wanted"), PROTECTED.items())
+def test_a_method_protects_what_its_paper_does(name: str, wanted: Protect) -> None:
+    assert method(name).protect == wanted
+
+
+@pytest.mark.parametrize("name", ["adakv", "cake", "chunkkv", "h2o", "headkv", "lava", "pyramidkv", "snapkv"])
+def test_the_window_asked_is_the_window_kept(name: str) -> None:
+    option = {"adakv": {}, "h2o": {"recent": 17}}.get(name, {"window": 17})
+    recipe = method(name, **option)
+    assert recipe.protect.recent == (recipe.needs.window or 17)
+    assert recipe.protect.recent == (17 if option else 32)
 
 
 def test_an_unknown_method_lists_all() -> None:

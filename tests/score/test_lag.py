@@ -72,8 +72,11 @@ def constant(view: LayerView, start: int, stop: int) -> LayerView:
 
 def test_a_constant_second_partition_gives_no_nan() -> None:
     view = constant(layer_view(entries=34), 14, 24)
+    view.keys[:, :, 9] *= 100  # stands out, which a spread of nan would hide
+    view.values[:, :, 9] *= 100
     score = LagRelative(sinks=4, lag=10).score(view)
     assert score.isfinite().all()
+    assert (score[..., 9] == 0.9).all()
     assert score[0, 0, 4:14].sort().values.tolist() == pytest.approx([n / 10 for n in range(10)])
 
 

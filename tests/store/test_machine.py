@@ -88,9 +88,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 3), count=st.integers(1, 12), data=st.data())
     def append_padded(self, which: int, count: int, data: st.DataObject) -> None:
         pair = self.pick(which)
-        counts = data.draw(
-            st.lists(st.integers(0, count), min_size=len(pair.sequences), max_size=len(pair.sequences))
-        )
+        counts = data.draw(st.lists(st.integers(0, count), min_size=len(pair.sequences), max_size=len(pair.sequences)))
         self._append(pair, count, np.array(counts, dtype=np.int64))
 
     def _append(self, pair: Pair, count: int, counts: np.ndarray | None, *, marked: bool = False) -> None:
@@ -103,7 +101,7 @@ class StoreMachine(RuleBasedStateMachine):
         starts = torch.tensor([s.seen for s in pair.sequences])
         positions = starts[:, None] + torch.arange(count)
         marks = (serials % 7).float() if marked else torch.zeros(serials.shape)
-        planes = {name: marks for name in pair.planes} if marked else None
+        planes = dict.fromkeys(pair.planes, marks) if marked else None
         k, v = keys(serials), values(serials)
         if counts is not None:  # what stands behind the real ones must not matter
             hidden = torch.arange(count) >= torch.from_numpy(counts)[:, None, None]
@@ -112,9 +110,7 @@ class StoreMachine(RuleBasedStateMachine):
         for b, sequence in enumerate(pair.sequences):
             real = count if counts is None else int(counts[b])
             for h, head in enumerate(sequence.heads):
-                head += [
-                    (int(serials[b, h, i]), sequence.seen + i, float(marks[b, h, i])) for i in range(real)
-                ]
+                head += [(int(serials[b, h, i]), sequence.seen + i, float(marks[b, h, i])) for i in range(real)]
             sequence.seen += real
 
     @rule(
@@ -165,7 +161,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: all(pair.planes for pair in self.pairs))
     @rule(which=st.integers(0, 3), mark=st.integers(1, 5))
     def write_plane(self, which: int, mark: int) -> None:
-        """Marks are written to the first plane only by entries alone in it, so that one number stands for all planes."""
+        """The same number for all planes and entries: one mark an entry is all that the reference keeps."""
         pair = self.pick(which)
         if not pair.store.longest:
             return

@@ -5,15 +5,19 @@ Every path is checked against :func:`kvthrift.kernels.naive.attend`. Knows nothi
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvthrift.core import AttentionOutput
 from kvthrift.kernels import naive
 
 _QUERY_BLOCK = 512
 _HALF = (torch.float16, torch.bfloat16)
+_UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend(
@@ -25,6 +29,7 @@ def attend(
     causal: bool = False,
     bias: Tensor | None = None,
     need_lse: bool = False,
+    verbatim: bool = False,
 ) -> AttentionOutput:
     """Softmax attention of grouped query heads over one set of entries.
 
@@ -35,17 +40,22 @@ def attend(
         causal: query ``i`` sees entries ``0..i`` (needs Q = T, no bias).
         bias: ``[B, H, T]`` added to every query's logits, ``-inf`` where an entry is absent.
         need_lse: also return the log-sum-exp, to be merged with other parts.
+        verbatim: on a CPU, make the very call that transformers' sdpa attention makes, so that half-precision rounding
+            is the same too, even where another is faster; only without bias and lse.
 
     Returns:
         ``out [B, HG, Q, Dv]`` and, if asked for, ``lse [B, HG, Q]``.
     """
     if causal and (bias is not None or q.shape[2] != k.shape[2]):
         raise ValueError("causal attention takes as many queries as entries and no bias")
+    if verbatim and bias is None and not need_lse and q.device.type == "cpu":
+        gqa = q.shape[1] != k.shape[1]
+        return AttentionOutput(F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa))
     if not need_lse:
         return AttentionOutput(_output_only(q, k, v, scale, causal, bias))
     if q.device.type == "cpu":
         return _cpu_flash(q, k, v, scale, causal, bias)
-    if bias is None and q.dtype in _HALF and q.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0:
+    if bias is None and _has_flash(q, v):
         return _cuda_flash(q, k, v, scale, causal)
     return _blocked(q, k, v, scale, causal, bias)
 
@@ -66,14 +76,16 @@ def _output_only(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bi
         if group > 1 and q.device.type == "cuda" and q.dtype not in _HALF:  # else a [Q, Q] matrix is stored
             k, v, group = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), 1
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=group > 1)
+    if bias is None and q.device.type == "cuda" and _has_flash(q, v):
+        return _cuda_flash(q, k, v, scale, causal).out
     folded = _fold(q, k.shape[1])
-    out = F.scaled_dot_product_attention(folded, k, v, attn_mask=_expand(bias, q), scale=scale)
-    return out.view(*q.shape[:3], v.shape[-1])
+    # cuDNN is left out: it plans for milliseconds whenever the number of entries is new, which is every step
+    with sdpa_kernel(_UNPLANNED) if q.device.type == "cuda" else nullcontext():
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=_expand(bias, q), scale=scale)
+    return out.reshape(*q.shape[:3], v.shape[-1])
 
 
-def _cpu_flash(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None
-) -> AttentionOutput:
+def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None) -> AttentionOutput:
     if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") or q.shape[-1] != v.shape[-1]:
         return _blocked(q, k, v, scale, causal, bias)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -86,6 +98,12 @@ def _cpu_flash(
     return AttentionOutput(out.reshape(*q.shape[:3], v.shape[-1]), lse)
 
 
+def _has_flash(q: Tensor, v: Tensor) -> bool:
+    """Whether CUDA's flash attention takes these dtypes and head dims as they are."""
+    dim = q.shape[-1]
+    return q.dtype in _HALF and dim == v.shape[-1] and dim <= 256 and dim % 8 == 0
+
+
 def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> AttentionOutput:
     kernel = torch.ops.aten._scaled_dot_product_flash_attention
     if causal:
@@ -94,14 +112,10 @@ def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> 
     else:
         queries, keys, values = _fold(q, k.shape[1]), k, v
     out, lse = kernel(queries, keys, values, 0.0, causal, scale=scale)[:2]
-    return AttentionOutput(
-        out.reshape(*q.shape[:3], v.shape[-1]), lse[..., : queries.shape[2]].reshape(q.shape[:3])
-    )
+    return AttentionOutput(out.reshape(*q.shape[:3], v.shape[-1]), lse[..., : queries.shape[2]].reshape(q.shape[:3]))
 
 
-def _blocked(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None
-) -> AttentionOutput:
+def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None) -> AttentionOutput:
     """The naive twin, a block of queries at a time, so that logits stay small."""
     outs, lses = [], []
     for start in range(0, q.shape[2], _QUERY_BLOCK):

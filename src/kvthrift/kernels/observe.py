@@ -38,9 +38,7 @@ def window_attention(
     width = grouped.shape[2] * grouped.shape[3]
     logits = grouped.reshape(b, kv_heads, width, dim) @ k.transpose(-1, -2)
     logits = logits.float().view(*grouped.shape[:4], k.shape[2]) * scale
-    seen = valid[:, :, None, None, :] & (
-        k_positions[:, :, None, None, :] <= q_positions[:, None, None, :, None]
-    )
+    seen = valid[:, :, None, None, :] & (k_positions[:, :, None, None, :] <= q_positions[:, None, None, :, None])
     logits = logits.masked_fill(~seen, float("-inf"))
     return logits.softmax(dim=-1).nan_to_num(0.0)
 

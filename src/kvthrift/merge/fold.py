@@ -49,9 +49,7 @@ class MassFold(Merger, name="fold"):
         gained = (joined / own).log().clamp(min=0.0)
         gained = torch.minimum(gained, members.clamp(min=1.0).log())
         stays = keep[..., None]
-        return Merged(
-            torch.where(stays, values.to(view.values.dtype), view.values), gained.masked_fill(~keep, 0.0)
-        )
+        return Merged(torch.where(stays, values.to(view.values.dtype), view.values), gained.masked_fill(~keep, 0.0))
 
     @staticmethod
     def _nearest(view: LayerView, keep: Tensor) -> Tensor:

@@ -12,6 +12,4 @@ def tova(decode: bool = False) -> Recipe:
     Args:
         decode: drop the least attended token at every decoded token too, as the paper does.
     """
-    return Recipe(
-        "tova", scorer=LastQuery(), protect=Protect(recent=1), trigger=Trigger(every=1 if decode else None)
-    )
+    return Recipe("tova", scorer=LastQuery(), protect=Protect(recent=1), trigger=Trigger(every=1 if decode else None))

@@ -44,7 +44,8 @@ def check_floor(recipe: Recipe, per_head: Tensor) -> None:
     if least < recipe.protect.entries:
         raise BudgetError(
             f"budget {recipe.budget} gives {least} entries a head, but {recipe.name} always keeps "
-            f"{recipe.protect.sinks} sinks and {recipe.protect.recent} recent entries. Raise the budget or protect less."
+            f"{recipe.protect.sinks} sinks and {recipe.protect.recent} recent entries. Raise the budget or "
+            "protect less."
         )
 
 
@@ -60,9 +61,7 @@ def choose(recipe: Recipe, view: LayerView, scores: Tensor, per_head: Tensor) ->
     return keep | (view.valid & (counts == view.lengths)[..., None])
 
 
-def gather(
-    recipe: Recipe, view: LayerView, keep: Tensor, scores: Tensor | None, planes: dict[str, Tensor]
-) -> Kept:
+def gather(recipe: Recipe, view: LayerView, keep: Tensor, scores: Tensor | None, planes: dict[str, Tensor]) -> Kept:
     """Fold or forget what goes, and lay out what stays."""
     keys, values = view.keys, view.values
     if scores is not None and not torch.equal(keep, view.valid):
@@ -86,7 +85,9 @@ def gather(
     )
 
 
-def layer_totals(weights: list[Tensor], per_head: Tensor, protected: int, lengths: list[Ints], layers: int) -> list[Ints]:
+def layer_totals(
+    weights: list[Tensor], per_head: Tensor, protected: int, lengths: list[Ints], layers: int
+) -> list[Ints]:
     """Entries per head of every layer weighed so far, when ``layers`` share the room for ``per_head`` each.
 
     Args:

@@ -1,4 +1,4 @@
-"""One layer of a cache: takes the model's new queries, keys and values, gives back attention, keeps what the recipe says.
+"""One layer of a cache: takes new queries, keys and values, gives back attention, keeps what the recipe says.
 
 New tokens attend to the store (without a mask: all of it is past) and to each other (causally); the two are merged by
 log-sum-exp. Knows no model library.
@@ -84,7 +84,8 @@ class LayerCache:
         store.append(k, v, step.positions)
         self.since += 1
         view = store.read()
-        out = kernels.attend(q, view.keys, view.values, scale=self.scale, bias=view.bias).out
+        whole = store.longest == int(step.start.max()) + 1  # nothing has gone: be bit for bit what sdpa is
+        out = kernels.attend(q, view.keys, view.values, scale=self.scale, bias=view.bias, verbatim=whole).out
         if not self.whole and state.recipe.trigger.every is not None:
             self._observe(state, q, step, facts)
             if self._counts_columns(state):
@@ -195,7 +196,11 @@ class LayerCache:
         if state.recipe.merge.biased:
             store = self.store
             held = store is not None and store.longest and "bias" in store.pool.planes
-            planes["bias"] = store.plane("bias") if store is not None and held else view.keys.new_zeros(view.valid.shape, dtype=torch.float32)
+            planes["bias"] = (
+                store.plane("bias")
+                if store is not None and held
+                else view.keys.new_zeros(view.valid.shape, dtype=torch.float32)
+            )
         return planes
 
     # -- views and signals ---------------------------------------------------------------------------------------
@@ -291,8 +296,8 @@ class LayerCache:
         if store.shape != shape or store.batch != k.shape[0] or store.pool.keys.dtype != k.dtype:
             raise ModelMismatchError(
                 f"layer {self.number} of this cache holds {store.batch} sequences of {store.shape} in "
-                f"{store.pool.keys.dtype}, but the model brings {k.shape[0]} of {shape} in {k.dtype}. Use the cache with "
-                "the model and batch it was made for."
+                f"{store.pool.keys.dtype}, but the model brings {k.shape[0]} of {shape} in {k.dtype}. Use the "
+                "cache with the model and batch it was made for."
             )
         return store
 

@@ -80,8 +80,8 @@ class CacheState:
         if place != self._next:
             raise CacheStateError(
                 f"layer {self.layers[place].number} is not the one that is due: an earlier forward pass failed half "
-                "way, so some layers hold tokens that others do not. Call reset() and start again, or go on from a fork "
-                "made before."
+                "way, so some layers hold tokens that others do not. Call reset() and start again, or go on "
+                "from a fork made before."
             )
         if place == 0:
             self._step = self.columns.step(q.shape[0], q.shape[2], mask, q.device)
@@ -155,7 +155,12 @@ class CacheState:
             return
         totals = self._totals(self._mean, {})
         for earlier in self.layers:
-            if earlier.index < layer.index and not earlier.whole and earlier.index in totals and earlier.store is not None:
+            if (
+                earlier.index < layer.index
+                and not earlier.whole
+                and earlier.index in totals
+                and earlier.store is not None
+            ):
                 earlier.cut(self, torch.from_numpy(totals[earlier.index]).to(earlier.store.device))
 
     def _totals(self, per_head: Tensor, lengths: dict[int, Ints]) -> dict[int, Ints]:
@@ -165,7 +170,11 @@ class CacheState:
         caps = []
         for index in found:
             store = known[index].store
-            held = np.zeros(len(per_head), dtype=np.int64) if store is None else -(-store.lengths.sum(axis=1) // store.shape.kv_heads)
+            held = (
+                np.zeros(len(per_head), dtype=np.int64)
+                if store is None
+                else -(-store.lengths.sum(axis=1) // store.shape.kv_heads)
+            )
             caps.append(lengths.get(index, held))
         weights = [self._weights[index].to(device) for index in found]
         totals = layer_totals(weights, per_head, self.recipe.protect.entries, caps, self.layer_count)
@@ -231,7 +240,9 @@ class CacheState:
             MissingSignalError: a signal the recipe needs was not observed.
         """
         if self.recipe.budget is not None:
-            raise RecipeError("entries were dropped already, so another recipe cannot choose among them. Start from 'full'.")
+            raise RecipeError(
+                "entries were dropped already, so another recipe cannot choose among them. Start from 'full'."
+            )
         missed = unobserved(recipe.needs, self.observes)
         if missed:
             raise MissingSignalError(

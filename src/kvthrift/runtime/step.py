@@ -7,6 +7,7 @@ real query looks. Knows nothing of layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -41,18 +42,18 @@ class Step:
         """Whether some columns are padding."""
         return self.order is not None
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """``[B, length]`` int64 true positions of the packed columns."""
         start = torch.from_numpy(self.start).to(self.device)
         return start[:, None] + torch.arange(self.length, device=self.device)
 
-    @property
+    @cached_property
     def seen(self) -> Tensor:
         """``[B]`` int64 tokens of each sequence after this pass."""
         return torch.from_numpy(self.start + self.counts).to(self.device)
 
-    @property
+    @cached_property
     def real(self) -> Tensor:
         """``[B, length]`` bool: which packed columns are real."""
         counts = torch.from_numpy(self.counts).to(self.device)

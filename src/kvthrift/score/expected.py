@@ -42,7 +42,7 @@ class ExpectedAttention(Scorer, name="expected_attention"):
     def score(self, view: LayerView) -> Tensor:
         if view.moments is None or view.rope is None:
             raise ValueError("the runtime did not gather the query moments that were declared")
-        b, h, t, dim = view.keys.shape
+        b, h, _, dim = view.keys.shape
         turn = mean_rotation(view.rope, view.seen, self.future, dim)  # [B, D, D]
         mean = torch.einsum("bij,bqj->bqi", turn, view.moments.mean).view(b, h, -1, dim)
         keys = view.keys.float()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -70,7 +70,9 @@ class WindowAttention(Scorer, name="window_attention"):
 
     def __post_init__(self) -> None:
         require(self.window >= 1, f"window={self.window} must be at least 1 query.")
-        require(self.kernel >= 1 and self.kernel % 2 == 1, f"kernel={self.kernel} must be odd, so that it has a centre.")
+        require(
+            self.kernel >= 1 and self.kernel % 2 == 1, f"kernel={self.kernel} must be odd, so that it has a centre."
+        )
         require(self.variance >= 0, f"variance={self.variance} must be 0 or more.")
 
     @property
@@ -95,7 +97,7 @@ class WindowAttention(Scorer, name="window_attention"):
 
 @dataclass(frozen=True)
 class LastQuery(Scorer, name="last_query"):
-    """Attention of the newest query, averaged over all query heads, so that every head drops the same tokens (2401.06104)."""
+    """Attention of the newest query, mean over all query heads, so that every head drops the same (2401.06104)."""
 
     is_mass: ClassVar[bool] = True
 

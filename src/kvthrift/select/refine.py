@@ -61,7 +61,7 @@ class OutputAware(Refiner, name="output_aware"):
     def _contribution(view: LayerView) -> Tensor:
         if view.output_weight is None:
             raise ValueError("the runtime did not gather the output projection that was declared")
-        b, h, t, dim = view.values.shape
+        _, h, t, dim = view.values.shape
         weight = view.output_weight.float().view(h, view.group, dim, -1)
         parts = []
         for start in range(0, t, _BLOCK):

@@ -190,7 +190,8 @@ class LayerStore:
         """All entries as rectangles of the longest head's length."""
         bias = None
         if not self.uniform:
-            bias = torch.zeros(self.valid().shape, device=self.device).masked_fill_(~self.valid(), float("-inf"))
+            valid = self.valid()
+            bias = torch.zeros(valid.shape, device=self.device).masked_fill_(~valid, float("-inf"))
         if "bias" in self.pool.planes:
             logged = self._rectangle(self.pool.planes["bias"])[:, :, : self.longest]
             bias = logged if bias is None else bias + logged
@@ -238,7 +239,9 @@ class LayerStore:
         return other
 
     def forget(self, names: Iterable[str]) -> None:
-        """Give back planes that are no longer needed."""
+        """Give back planes that are no longer needed, unless a fork that shares the pages may still need them."""
+        if self.pool.stores > 1:
+            return
         for name in names:
             self.pool.planes.pop(name, None)
 

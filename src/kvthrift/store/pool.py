@@ -63,7 +63,9 @@ class PagePool:
     @property
     def entry_bytes(self) -> int:
         """Bytes that one entry takes, metadata included."""
-        return sum(t[0:1].numel() * t.element_size() // self.page if t.shape[0] else self._row(t) for t in self.tensors())
+        return sum(
+            t[0:1].numel() * t.element_size() // self.page if t.shape[0] else self._row(t) for t in self.tensors()
+        )
 
     @staticmethod
     def _row(t: Tensor) -> int:
@@ -99,7 +101,7 @@ class PagePool:
         self.counts = counts
 
     def widen(self, rows: int, width: int) -> None:
-        """Lay pages that stand as ``rows`` equal rows out as rows of ``width`` pages; the new ones are zero and owned."""
+        """Lay pages that stand as ``rows`` equal rows out as rows of ``width`` pages; new ones are zero and owned."""
         self.keys, self.values, self.positions = (
             _widened(t, rows, width) for t in (self.keys, self.values, self.positions)
         )

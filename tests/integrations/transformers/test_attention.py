@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.masked import MaskedModel, kept
+from tests.models import text, tiny
 from torch import Tensor
 
 import kvthrift
 from kvthrift.allocate import AdaptiveHeads
-from tests.masked import MaskedModel, kept
-from tests.models import text, tiny
 
 MODELS = ("llama", "qwen3", "mistral", "phi3", "gpt_neox", "gemma3", "qwen3_moe")
 BATCH = 2

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.models import text, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
 import kvthrift
-from tests.models import text, tiny
 
 BATCH, PROMPT = 2, 70
 

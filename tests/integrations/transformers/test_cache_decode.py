@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.masked import Kept, MaskedModel, kept
+from tests.models import text, tiny
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import rotate_half
 
 import kvthrift
-from tests.masked import Kept, MaskedModel, kept
-from tests.models import text, tiny
 
 BATCH, PROMPT, STEPS, ROOM = 2, 70, 20, 24
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models import text, tiny
 from torch import Tensor
 from transformers import StaticCache
 
 import kvthrift
 from kvthrift.errors import MaskError
-from tests.models import text, tiny
 
 BATCH, PROMPT = 2, 50
 
@@ -25,9 +25,7 @@ def mask(columns: int, hidden: int = 7) -> Tensor:
 
 @torch.inference_mode()
 def read(past: kvthrift.Cache, ids: Tensor, attention_mask: Tensor | None = None, **extra: Any) -> Tensor:
-    logits: Tensor = tiny("llama")(
-        input_ids=ids, attention_mask=attention_mask, past_key_values=past, **extra
-    ).logits
+    logits: Tensor = tiny("llama")(input_ids=ids, attention_mask=attention_mask, past_key_values=past, **extra).logits
     return logits
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.live import live_bytes, live_tensors
+from tests.models import build, config, text, tiny
 from torch import Tensor
 
 import kvthrift
-from tests.live import live_bytes, live_tensors
-from tests.models import build, config, text, tiny
 
 PROMPT, BUDGET = 400, 64
 DECODING = (("tova", {"decode": True}), ("h2o", {"decode": True}), ("chunkkv", {"reuse": 2, "every": 3}))

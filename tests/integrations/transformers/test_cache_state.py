@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tests.models import build, config, text, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import kvthrift
 from kvthrift.errors import BudgetError, CacheStateError, ModelMismatchError, RecipeError, UnsupportedModelError
-from tests.models import build, config, text, tiny
 
 PROMPT = 60
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.knowing import Letters, know
+from tests.models import config, text, tiny
 
 from kvthrift import CalibrationError, ContextError, UnsupportedModelError
 from kvthrift.calibrate import load
 from kvthrift.integrations.transformers.calibrate import measure_heads, observer
 from kvthrift.integrations.transformers.facts import config_fingerprint
-from tests.knowing import Letters, know
-from tests.models import config, text, tiny
 
 WIDTH = 9
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.models import tiny
 
 import kvthrift
 from kvthrift.errors import MissingSignalError, RecipeError
-from tests.models import tiny
 
 NAMES = [name for name in kvthrift.methods() if name not in ("full", "headkv")]
 IDS = torch.randint(1, 190, (2, 200), generator=torch.Generator().manual_seed(3))

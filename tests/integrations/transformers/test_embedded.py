@@ -284,9 +284,7 @@ def test_carrier_of_another_architecture(carrier: Path, tiny_model: LlamaForCaus
         embedded_path()
 
 
-def test_cache_folder_that_cannot_be_written(
-    carrier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_folder_that_cannot_be_written(carrier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("KVTHRIFT_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ModelError, match=r"cannot be unpacked into .*set KVTHRIFT_CACHE to a folder"):
@@ -304,9 +302,7 @@ def test_disk_that_is_too_small(carrier: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device")]
 )
-def test_disk_that_fills_up(
-    carrier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_disk_that_fills_up(carrier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def save(weights: object, file: Path, metadata: object) -> None:
         file.write_bytes(b"half")
         raise error
@@ -329,9 +325,7 @@ def test_real_model_answers(smollm2: tuple[PreTrainedModel, PreTrainedTokenizerB
     model, tokenizer = smollm2
     assert model.dtype == torch.bfloat16
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)
     said = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
     assert said == "The capital of France is Paris.<|im_end|>"

@@ -90,9 +90,7 @@ def test_dtype(saved: Path, dtype: torch.dtype | str, expected: torch.dtype) -> 
     assert load_model(str(saved), dtype=dtype, attn_implementation="eager")[0].dtype == expected
 
 
-def test_loading_is_silent_and_leaves_the_logging_as_it_was(
-    saved: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_loading_is_silent_and_leaves_the_logging_as_it_was(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     load_model(saved, attn_implementation="sdpa")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
@@ -101,9 +99,7 @@ def test_loading_is_silent_and_leaves_the_logging_as_it_was(
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no-such-folder", "a/b/c", "model.gguf"])
 def test_path_that_does_not_exist(name: str) -> None:
-    assert str(refusal(name)) == (
-        f"there is no folder {name!r}, so no model can be loaded from it. Check the path."
-    )
+    assert str(refusal(name)) == (f"there is no folder {name!r}, so no model can be loaded from it. Check the path.")
 
 
 def test_empty_name() -> None:
@@ -151,9 +147,7 @@ def test_model_of_images(folder: Path) -> None:
 
 
 def test_model_of_masked_words(folder: Path) -> None:
-    bert = BertConfig(
-        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
-    )
+    bert = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertForMaskedLM(bert).save_pretrained(folder)
     error = refusal(folder)
     assert isinstance(error, UnsupportedModelError)

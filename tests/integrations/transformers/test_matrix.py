@@ -1,4 +1,4 @@
-"""Every method on every architecture: nothing changes while all fits, and when it does not, what was promised is held."""
+"""Every method on every architecture: nothing changes while all fits, and when not, what was promised is held."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from functools import cache
 
 import pytest
 import torch
+from tests.live import live_bytes
+from tests.models import text, tiny
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 import kvthrift
 from kvthrift.allocate import TableHeads
 from kvthrift.score import WindowAttention
-from tests.live import live_bytes
-from tests.models import text, tiny
 
 MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "qwen3_moe", "gpt_neox", "gemma3", "cohere", "opt")
 UNCHECKED_ROPE = ("cohere", "opt")  # models whose rotary embedding kvthrift does not know ...

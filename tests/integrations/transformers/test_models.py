@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.models import build, config, text, tiny
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import kvthrift
 from kvthrift.errors import MissingSignalError, ModelMismatchError, UnsupportedModelError
-from tests.models import build, config, text, tiny
 
 PROMPT = 100
 

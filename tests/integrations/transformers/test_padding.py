@@ -7,12 +7,12 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from tests.models import text, tiny
 from torch import Tensor
 
 import kvthrift
 from kvthrift.allocate import TableHeads
 from kvthrift.score import WindowAttention
-from tests.models import text, tiny
 
 Side = Literal["left", "right"]
 LENGTHS = (40, 97, 150, 17)  # longer and shorter than budget and windows

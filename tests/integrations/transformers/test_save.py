@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.models import build, config, tiny
 from torch import Tensor
 
 import kvthrift
 from kvthrift.errors import CacheStateError, ModelMismatchError, SaveFileError
-from tests.models import build, config, tiny
 
 LENGTH = 150
 

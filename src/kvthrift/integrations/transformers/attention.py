@@ -91,8 +91,8 @@ def _check(module: nn.Module, attention_mask: Tensor | None, dropout: float, kwa
     _refuse(module, kwargs, _REFUSED | _REFUSED_WITH_CACHE)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise MaskError(
-            f"the attention mask has shape {tuple(attention_mask.shape)}: kvthrift attends causally over real tokens and "
-            "cannot honour another pattern. Pass a padding mask [batch, tokens], or no mask."
+            f"the attention mask has shape {tuple(attention_mask.shape)}: kvthrift attends causally over real "
+            "tokens and cannot honour another pattern. Pass a padding mask [batch, tokens], or no mask."
         )
     if kwargs.get("sliding_window") is not None:
         raise UnsupportedModelError(
@@ -100,9 +100,7 @@ def _check(module: nn.Module, attention_mask: Tensor | None, dropout: float, kwa
             "the model's own cache."
         )
     if dropout and module.training:
-        raise UnsupportedModelError(
-            "attention dropout is on: a compressed cache is for inference. Call model.eval()."
-        )
+        raise UnsupportedModelError("attention dropout is on: a compressed cache is for inference. Call model.eval().")
 
 
 def _without_cache(
@@ -118,17 +116,13 @@ def _without_cache(
     """Transformers' own sdpa, after spelling out the causal mask that :func:`mask` left implicit."""
     length, total = query.shape[2], key.shape[2]
     causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
-    if (
-        attention_mask is not None
-        and attention_mask.ndim == 2
-        or (attention_mask is None and causal and 1 < length != total)
+    if (attention_mask is not None and attention_mask.ndim == 2) or (
+        attention_mask is None and causal and 1 < length != total
     ):
         steps = torch.arange(total, device=query.device)
         full = (steps <= steps[total - length :, None])[None, None]  # [1, 1, Q, T]
         attention_mask = full if attention_mask is None else full & attention_mask[:, None, None, -total:]
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def mask(
@@ -163,12 +157,12 @@ def mask(
             local_size=local_size,
             **kwargs,
         )
-    if attention_mask is None or bool(attention_mask.all()) and attention_mask.shape[-1] == kv_length:
+    if attention_mask is None or (bool(attention_mask.all()) and attention_mask.shape[-1] == kv_length):
         return None
     if attention_mask.shape != (batch_size, kv_length):
         raise MaskError(
-            f"the padding mask has shape {tuple(attention_mask.shape)}, but {batch_size} sequences of {kv_length} tokens "
-            "are read. Pass attention_mask for all columns, cached and new."
+            f"the padding mask has shape {tuple(attention_mask.shape)}, but {batch_size} sequences of "
+            f"{kv_length} tokens are read. Pass attention_mask for all columns, cached and new."
         )
     return attention_mask
 

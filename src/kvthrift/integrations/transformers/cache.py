@@ -77,9 +77,7 @@ class CacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: pages are taken as they are needed."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values; they are stored once the attention function has seen the queries."""
         owner = self.owner
         owner.check_attention()
@@ -98,9 +96,7 @@ class CacheLayer(CacheLayerMixin):
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention over the cache and the keys just brought; see :meth:`CacheState.attend`."""
         if self._staged is None:
-            raise CacheStateError(
-                "a layer attended twice to the same keys; this model's attention is not supported."
-            )
+            raise CacheStateError("a layer attended twice to the same keys; this model's attention is not supported.")
         staged, self._staged = self._staged, None
         self._check_module(module)
         k, v = staged
@@ -124,7 +120,8 @@ class CacheLayer(CacheLayerMixin):
             config = getattr(module, "config", None)
             if isinstance(config, PreTrainedConfig) and config_fingerprint(config) != self.owner.fingerprint:
                 raise ModelMismatchError(
-                    "this cache was made for a model with another config. Make it with this model's: Cache(model.config, ...)."
+                    "this cache was made for a model with another config. Make it with this model's: "
+                    "Cache(model.config, ...)."
                 )
             self._module = weakref.ref(module)
 
@@ -199,7 +196,8 @@ class Cache(HFCache):
         numbers = [i for i, layer in enumerate(stock.layers) if type(layer) is DynamicLayer]
         if not numbers:
             raise UnsupportedModelError(
-                f"{config.model_type} has no full-attention layer, so there is nothing to compress. Use the model's own cache."
+                f"{config.model_type} has no full-attention layer, so there is nothing to compress. Use the "
+                "model's own cache."
             )
         signals = [_resolve(other, None, {}).needs for other in observe]
         state = CacheState(
@@ -242,10 +240,11 @@ class Cache(HFCache):
             CacheStateError: they did.
         """
         first = self.state.layers[0].number
-        for number, layer in enumerate(self.layers):
-            if isinstance(layer, CacheLayer) or not (getattr(layer, "is_sliding", False) and layer.is_initialized):
+        stock: Any
+        for number, stock in enumerate(self.layers):
+            if isinstance(stock, CacheLayer) or not (getattr(stock, "is_sliding", False) and stock.is_initialized):
                 continue
-            if layer.get_seq_length() != self.state.columns.length + (length if number < first else 0):
+            if stock.get_seq_length() != self.state.columns.length + (length if number < first else 0):
                 raise CacheStateError(
                     f"layer {number}, which keeps transformers' own cache, holds tokens that others do not: an earlier "
                     "forward pass failed half way. Call reset() and start again."
@@ -356,9 +355,7 @@ class Cache(HFCache):
 
         save(self, path, overwrite=overwrite)
 
-    def compressed(
-        self, recipe: str | Recipe, *, budget: int | str | Budget | None = None, **options: Any
-    ) -> Cache:
+    def compressed(self, recipe: str | Recipe, *, budget: int | str | Budget | None = None, **options: Any) -> Cache:
         """A fork of this uncompressed cache, compressed under another recipe; this one stays as it is.
 
         The context must have been read with ``prefill(model, ids, observe=[recipe, ...])``, so that what the recipe
@@ -408,7 +405,8 @@ def _resolve(recipe: str | Recipe, budget: int | str | Budget | None, options: d
         raise RecipeError(f"a recipe is a method's name or a kvthrift.Recipe, not {type(recipe).__name__}.")
     if options:
         raise RecipeError(
-            f"options {', '.join(options)} go with a method's name; this recipe is complete. Change it with with_options()."
+            f"options {', '.join(options)} go with a method's name; this recipe is complete. Change it with "
+            "with_options()."
         )
     return recipe if budget is None else recipe.with_options(budget=Budget.parse(budget))
 

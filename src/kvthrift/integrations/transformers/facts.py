@@ -64,18 +64,14 @@ def rope(module: nn.Module) -> Rope:
     config: Any = module.config
     if config.model_type not in _HALF_SPLIT:
         raise MissingSignalError(
-            f"kvthrift has not checked how {config.model_type} rotates its keys, and this recipe turns them. Use a method "
-            "without the rotary embedding."
+            f"kvthrift has not checked how {config.model_type} rotates its keys, and this recipe turns them. "
+            "Use a method without the rotary embedding."
         )
     parameters: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
     if parameters and all(isinstance(value, dict) for value in parameters.values()):
         kinds = getattr(config, "layer_types", None)
-        parameters = dict(
-            parameters[kinds[int(getattr(module, "layer_idx", 0))] if kinds else "full_attention"]
-        )
-        layer_type: dict[str, Any] = (
-            {"layer_type": kinds[int(getattr(module, "layer_idx", 0))]} if kinds else {}
-        )
+        parameters = dict(parameters[kinds[int(getattr(module, "layer_idx", 0))] if kinds else "full_attention"])
+        layer_type: dict[str, Any] = {"layer_type": kinds[int(getattr(module, "layer_idx", 0))]} if kinds else {}
     else:
         layer_type = {}
     kind = parameters.get("rope_type", "default")
@@ -101,18 +97,17 @@ def refuse(config: PreTrainedConfig) -> None:
     """
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{config.model_type} is an encoder-decoder; kvthrift compresses decoder-only models. Use the model's own cache."
+            f"{config.model_type} is an encoder-decoder; kvthrift compresses decoder-only models. Use the "
+            "model's own cache."
         )
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedModelError(
-            f"{text.model_type} uses multi-head latent attention, whose cache is one latent vector a token and not keys "
-            "and values per head. Use the model's own cache."
+            f"{text.model_type} uses multi-head latent attention, whose cache is one latent vector a token and "
+            "not keys and values per head. Use the model's own cache."
         )
     if not hasattr(text, "num_attention_heads"):
-        raise UnsupportedModelError(
-            f"{text.model_type} has no attention heads, so there is no cache to compress."
-        )
+        raise UnsupportedModelError(f"{text.model_type} has no attention heads, so there is no cache to compress.")
 
 
 _IDENTITY = (

@@ -103,9 +103,7 @@ def _source(name_or_path: str | os.PathLike[str] | None, progress: Progress) -> 
         from_hub = not is_available() and (not is_offline_mode() or _is_in_hub_cache(EMBEDDED_HUB_ID))
         return EMBEDDED_HUB_ID if from_hub else str(embedded_path(progress))
     if not name.strip():
-        raise ModelError(
-            "the model's name is empty, so none can be loaded. Give a folder or a hub id, or none at all."
-        )
+        raise ModelError("the model's name is empty, so none can be loaded. Give a folder or a hub id, or none at all.")
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -207,9 +205,7 @@ def _failure(source: str, part: str, error: Exception) -> ModelError:
     reason = f"the {part} of {source!r} cannot be loaded: {_first_line(error)}"
     if isinstance(error, OSError | SafetensorError | RuntimeError) or part == "tokenizer":
         return ModelError(f"{reason}. Give a complete and undamaged model folder, or another hub id.")
-    return UnsupportedModelError(
-        f"{reason}. Give a causal language model that transformers itself implements."
-    )
+    return UnsupportedModelError(f"{reason}. Give a causal language model that transformers itself implements.")
 
 
 def _hub_failure(source: str, error: Exception) -> str | None:

@@ -90,6 +90,6 @@ def check_length(model: PreTrainedModel, length: int) -> None:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
         raise ContextError(
-            f"the text has {length} tokens, but the model reads at most {limit}; beyond that its positions mean nothing. "
-            "Shorten the text or use a model with a longer context."
+            f"the text has {length} tokens, but the model reads at most {limit}; beyond that its positions mean "
+            "nothing. Shorten the text or use a model with a longer context."
         )

@@ -79,6 +79,4 @@ def _stock_row(number: int, layer: Any) -> LayerReport:
     count, heads = (keys.shape[-2], keys.shape[1]) if isinstance(keys, Tensor) and keys.ndim == 4 else (0, 0)
     window = getattr(layer, "sliding_window", None)
     why = f"sliding window of {window}" if window else type(layer).__name__
-    return LayerReport(
-        number, heads, count, float(count), count, held, f"left whole: {why}, not full attention"
-    )
+    return LayerReport(number, heads, count, float(count), count, held, f"left whole: {why}, not full attention")

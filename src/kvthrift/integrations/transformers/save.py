@@ -86,7 +86,9 @@ def load(path: str | Path, model: PreTrainedModel) -> Cache:
     for layer in state.layers:
         mine = {key.partition("/")[2]: t for key, t in tensors.items() if key.startswith(f"{layer.number}/")}
         if mine["keys"].dtype != model.dtype:
-            raise ModelMismatchError(f"{path} holds {mine['keys'].dtype}, but the model runs in {model.dtype}. Load it in that.")
+            raise ModelMismatchError(
+                f"{path} holds {mine['keys'].dtype}, but the model runs in {model.dtype}. Load it in that."
+            )
         _restore(layer, mine, header["shapes"][str(layer.number)], state.page, model.device)
     for number, front in enumerate(cache.layers):
         if isinstance(front, CacheLayer):
@@ -174,7 +176,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 raise SaveFileError(f"{path} is a safetensors file, but not a cache that kvthrift saved.")
             header = json.loads(metadata[_KEY])
             if header.get("format") != FORMAT:
-                raise SaveFileError(f"{path} has format {header.get('format')}, not {FORMAT}: another version wrote it.")
+                raise SaveFileError(
+                    f"{path} has format {header.get('format')}, not {FORMAT}: another version wrote it."
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except KvthriftError:
         raise
