@@ -146,6 +146,7 @@ class LayerView:
         scale: the softmax scale of the layer.
         group: query heads per KV head.
         queries, query_positions: ``[B, HG, W, Dk]`` post-RoPE, ``[B, W]`` int64 (-1 where there is none).
+        bias: ``[B, H, T]`` float32 log mass that folded entries carry on their logits, if any do.
         moments, columns, output_weight, rope: further signals; ``columns [B, H, T]`` float32, ``output_weight
         [HG, Dv, hidden]``.
     """
@@ -166,6 +167,7 @@ class LayerView:
     output_weight: Tensor | None = None
     rope: Rope | None = None
     numbers: tuple[int, ...] = ()
+    bias: Tensor | None = None
     _valid: Tensor | None = field(default=None, repr=False)
 
     @property

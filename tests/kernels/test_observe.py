@@ -118,3 +118,21 @@ def test_one_step_attends_to_everything_stored(group: int) -> None:
     )
     torch.testing.assert_close(found.double(), rows[:, :, :, 0].mean(dim=2), atol=1e-6, rtol=1e-5)
     assert (found[~view.valid] == 0).all()
+
+
+def test_a_bias_counts_in_all_three_views() -> None:
+    torch.manual_seed(5)
+    q, k = torch.randn(1, 4, 40, 16), torch.randn(1, 2, 40, 16)
+    positions = torch.arange(40)[None]
+    spread, valid = positions[:, None].expand(1, 2, 40), torch.ones(1, 2, 40, dtype=torch.bool)
+    bias = torch.rand(1, 2, 40) * 3
+    logits = q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 4 + bias.repeat_interleave(2, 1)[:, :, None]
+    logits = logits.masked_fill(torch.ones(40, 40, dtype=torch.bool).triu(1), float("-inf"))
+    rows, lse = logits.softmax(-1), logits.logsumexp(-1)
+    common = {"k_positions": spread, "valid": valid, "scale": 0.25, "bias": bias}
+    window = kernels.window_attention(q, k, q_positions=positions, **common)
+    torch.testing.assert_close(window.flatten(1, 2), rows)
+    columns = kernels.column_sums(q, k, q_positions=positions, lse=lse, block=7, **common)
+    torch.testing.assert_close(columns, rows.view(1, 2, 2, 40, 40).mean(2).sum(2))
+    last = kernels.entry_attention(q[:, :, -1:], k, valid=valid, scale=0.25, bias=bias)
+    torch.testing.assert_close(last, rows[:, :, -1].view(1, 2, 2, 40).mean(2))

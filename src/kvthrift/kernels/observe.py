@@ -19,7 +19,14 @@ def _group(q: Tensor, kv_heads: int) -> Tensor:
 
 
 def window_attention(
-    q: Tensor, k: Tensor, *, q_positions: Tensor, k_positions: Tensor, valid: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    *,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    valid: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention rows of a few queries over all entries.
 
@@ -29,6 +36,7 @@ def window_attention(
         q_positions, k_positions: ``[B, W]`` and ``[B, H, T]`` int64; a query sees entries at or before its position.
         valid: ``[B, H, T]`` bool.
         scale: factor on the logits.
+        bias: ``[B, H, T]`` added to every query's logits (the mass that folded entries stand for), or None.
 
     Returns:
         ``[B, H, G, W, T]`` float32, each row a softmax over the entries it sees.
@@ -38,6 +46,8 @@ def window_attention(
     width = grouped.shape[2] * grouped.shape[3]
     logits = grouped.reshape(b, kv_heads, width, dim) @ k.transpose(-1, -2)
     logits = logits.float().view(*grouped.shape[:4], k.shape[2]) * scale
+    if bias is not None:
+        logits = logits + bias[:, :, None, None]
     seen = valid[:, :, None, None, :] & (k_positions[:, :, None, None, :] <= q_positions[:, None, None, :, None])
     logits = logits.masked_fill(~seen, float("-inf"))
     return logits.softmax(dim=-1).nan_to_num(0.0)
@@ -52,6 +62,7 @@ def column_sums(
     valid: Tensor,
     scale: float,
     lse: Tensor,
+    bias: Tensor | None = None,
     block: int = _BLOCK,
 ) -> Tensor:
     """Attention that each entry receives from all given queries, summed over queries, mean over the group.
@@ -60,7 +71,7 @@ def column_sums(
     exponentiated in place.
 
     Args:
-        q, k, q_positions, k_positions, valid, scale: as for :func:`window_attention`; entries in position order.
+        q, k, q_positions, k_positions, valid, scale, bias: as for :func:`window_attention`; entries in position order.
         lse: ``[B, HG, Q]`` log-sum-exp of every query over all entries it sees.
         block: queries that are looked at together.
 
@@ -79,8 +90,10 @@ def column_sums(
         before = ((k_positions <= rows.clamp(min=0).amin()) & valid).sum(dim=-1)
         reach = int(((k_positions <= rows.amax()) & valid).sum(dim=-1).amax())
         clear = min(int(before.amin()), reach)  # entries that every query of the block sees
-        weights = torch.baddbmm(-norm, queries, keys[..., :reach]).exp_()
-        weights = weights.view(b, kv_heads, group, width, reach)
+        weights = torch.baddbmm(-norm, queries, keys[..., :reach]).view(b, kv_heads, group, width, reach)
+        if bias is not None:
+            weights += bias[:, :, None, None, :reach]
+        weights.exp_()
         hidden = (k_positions[:, :, None, clear:reach] > rows[:, None, :, None]) | ~valid[:, :, None, clear:reach]
         weights[..., clear:].masked_fill_(hidden[:, :, None], 0.0)
         if bool((rows < 0).any()):
@@ -89,16 +102,18 @@ def column_sums(
     return total
 
 
-def entry_attention(q: Tensor, k: Tensor, *, valid: Tensor, scale: float) -> Tensor:
+def entry_attention(q: Tensor, k: Tensor, *, valid: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """One step's attention over entries that all lie in its past, mean over the group.
 
     Args:
         q: ``[B, HG, 1, D]``.
-        k: ``[B, H, T, D]``; ``valid [B, H, T]`` bool.
+        k: ``[B, H, T, D]``; ``valid [B, H, T]`` bool; ``bias`` as for :func:`window_attention`.
 
     Returns:
         ``[B, H, T]`` float32.
     """
     grouped = _group(q, k.shape[1])[:, :, :, 0]  # [B, H, G, D]
     logits = (grouped @ k.transpose(-1, -2)).float() * scale
+    if bias is not None:
+        logits = logits + bias[:, :, None]
     return logits.masked_fill(~valid[:, :, None], float("-inf")).softmax(dim=-1).nan_to_num(0.0).mean(dim=2)

@@ -90,7 +90,7 @@ class LayerCache:
             self._observe(state, q, step, facts)
             if self._counts_columns(state):
                 valid = store.valid()
-                received = kernels.entry_attention(q, view.keys, valid=valid, scale=self.scale)
+                received = kernels.entry_attention(q, view.keys, valid=valid, scale=self.scale, bias=store.mass())
                 store.write("columns", store.plane("columns") + received)
         return out
 
@@ -222,6 +222,7 @@ class LayerCache:
         )
         if "columns" in store.pool.planes:
             view.columns = store.plane("columns")
+        view.bias = store.mass()
         return view
 
     def _view(
@@ -255,6 +256,7 @@ class LayerCache:
             valid=view.valid,
             scale=self.scale,
             lse=lse,
+            bias=view.bias,
         )
 
     def _ask(self, state: CacheState, view: LayerView, facts: ModuleFacts) -> None:

@@ -210,6 +210,7 @@ class CacheState:
         if length >= self.columns.length:
             return
         self.columns.crop(length)
+        self.sealed = self.sealed and length > 0  # an emptied cache is filled anew
         for layer in self.layers:
             if layer.store is not None:
                 removed = torch.from_numpy(self.columns.seen(layer.store.batch))

@@ -143,12 +143,16 @@ class Columns:
         """Forget all columns from ``length`` on."""
         self.length = length
         if self.history is not None:
-            self.history = self.history[:, :length]
+            self._remember(self.history[:, :length])
 
     def select(self, rows: Ints) -> None:
         """Hold the sequences ``rows`` of the present ones."""
         if self.history is not None:
-            self.history = self.history[rows]
+            self._remember(self.history[rows])
+
+    def _remember(self, history: Bools) -> None:
+        """Once no padding is left, masks need not be passed any more."""
+        self.history = None if history.all() else history
 
     def fork(self) -> Columns:
         """An independent copy."""

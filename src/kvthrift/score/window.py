@@ -29,6 +29,7 @@ def window_rows(view: LayerView, window: int) -> Tensor:
         k_positions=view.positions,
         valid=view.valid,
         scale=view.scale,
+        bias=view.bias,
     )
 
 

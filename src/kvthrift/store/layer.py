@@ -202,6 +202,10 @@ class LayerStore:
         """``[B, H, T]`` int64 true positions (0 where there is no entry)."""
         return self._rectangle(self.pool.positions)[:, :, : self.longest].long()
 
+    def mass(self) -> Tensor | None:
+        """``[B, H, T]`` float32 log mass on the logits, where entries were folded into others."""
+        return self.plane("bias") if "bias" in self.pool.planes else None
+
     def plane(self, name: str) -> Tensor:
         """``[B, H, T]`` float32."""
         return self._rectangle(self.pool.planes[name])[:, :, : self.longest]
