@@ -107,9 +107,13 @@ def config(name: str, **changes: Any) -> PreTrainedConfig:
     return made
 
 
-@cache
 def tiny(name: str, attention: str = "kvthrift", *, seed: int = 0) -> PreTrainedModel:
     """A tiny model in float32, shared by all tests: leave its weights and config as they are."""
+    return _shared(name, attention, seed)
+
+
+@cache
+def _shared(name: str, attention: str, seed: int) -> PreTrainedModel:
     return build(config(name), attention, seed=seed)
 
 

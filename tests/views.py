@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from kvthrift.core import LayerView, QueryMoments, Rope
+from kvthrift.part import parts
 from kvthrift.recipe import Recipe
 from kvthrift.runtime.compress import choose
+from kvthrift.score import Scorer
 
 GARBAGE = 300.0
 
@@ -129,6 +131,12 @@ def kept(recipe: Recipe, view: LayerView, per_head: int) -> list[list[int]]:
     """The positions that each head of the first sequence keeps."""
     mask = keep(recipe, view, per_head)[0]
     return [view.positions[0, h][mask[h]].tolist() for h in range(mask.shape[0])]
+
+
+def scorers() -> list[Scorer]:
+    """Every scorer of the package, with its default options."""
+    found = [kind() for _, kind in sorted(parts()["scorer"].items()) if kind.__module__.startswith("kvthrift.")]
+    return [scorer for scorer in found if isinstance(scorer, Scorer)]
 
 
 def top(scores: Tensor, count: int) -> set[int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.views import layer_view
+from tests.views import layer_view, scorers
 from torch import Tensor
 
 from kvthrift import Recipe, RecipeError
@@ -14,7 +14,6 @@ from kvthrift.core import LayerView
 from kvthrift.kernels import naive
 from kvthrift.merge import Evict, MassFold
 from kvthrift.merge import fold as module
-from kvthrift.part import parts
 from kvthrift.score import AttentionReceived, Scorer
 
 
@@ -138,7 +137,7 @@ def test_targets_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(parted.bias, whole.bias)
 
 
-@pytest.mark.parametrize("scorer", [kind() for kind in parts()["scorer"].values()], ids=lambda s: s.name)
+@pytest.mark.parametrize("scorer", scorers(), ids=lambda s: s.name)
 def test_scores_that_are_no_masses_are_refused(scorer: Scorer) -> None:
     if scorer.is_mass:
         assert Recipe("mine", scorer, merge=MassFold()).merge == MassFold()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
@@ -62,7 +62,9 @@ def held(layer: LayerCache, row: int, head: int) -> list[int]:
     return layer.store.positions()[row, head, :count].tolist()
 
 
-def slow_attention(query: Tensor, tokens: list[tuple[Tensor, Tensor]], layer: int, head: int, seen: list[int]) -> Tensor:
+def slow_attention(
+    query: Tensor, tokens: list[tuple[Tensor, Tensor]], layer: int, head: int, seen: list[int]
+) -> Tensor:
     keys = torch.stack([tokens[p][0][layer, head] for p in seen])
     values = torch.stack([tokens[p][1][layer, head] for p in seen])
     return (keys @ query * SCALE).softmax(dim=0) @ values
@@ -209,5 +211,6 @@ TestCache.settings = settings(
     stateful_step_count=15,
     deadline=None,
     derandomize=True,
+    phases=(Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
 )

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @st.composite
 def masks(draw: st.DrawFn) -> Tensor:
     """A mask ``[B, T]`` with padding anywhere."""
-    rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 40))
     bits = draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns))
     return torch.tensor(bits).view(rows, columns)
 

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.views import alone, layer_view, with_signals
+from tests.views import alone, layer_view, scorers, with_signals
 
 from kvthrift.core import LayerView
-from kvthrift.part import parts
 from kvthrift.score import Scorer
 
 LENGTHS = [[300, 17, 261], [9, 5, 12]]
-
-
-def make() -> list[Scorer]:
-    found = [kind() for kind in parts()["scorer"].values()]
-    return [scorer for scorer in found if isinstance(scorer, Scorer)]
 
 
 def busy_view(scorer: Scorer) -> LayerView:
@@ -23,7 +17,7 @@ def busy_view(scorer: Scorer) -> LayerView:
     return with_signals(layer_view(batch=2, heads=3, group=2, lengths=LENGTHS, seen=400, window=window))
 
 
-@pytest.mark.parametrize("scorer", make(), ids=lambda s: s.name)
+@pytest.mark.parametrize("scorer", scorers(), ids=lambda s: s.name)
 def test_scores_are_finite_float32_and_do_not_depend_on_what_stands_behind_a_head(scorer: Scorer) -> None:
     view = busy_view(scorer)
     score = scorer.score(view)
@@ -38,7 +32,7 @@ def test_scores_are_finite_float32_and_do_not_depend_on_what_stands_behind_a_hea
     torch.testing.assert_close(scorer.score(quiet)[quiet.valid], score[view.valid], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("scorer", make(), ids=lambda s: s.name)
+@pytest.mark.parametrize("scorer", scorers(), ids=lambda s: s.name)
 def test_a_sequence_scores_the_same_in_a_batch_and_alone(scorer: Scorer) -> None:
     view = busy_view(scorer)
     together = scorer.score(view)
@@ -49,7 +43,7 @@ def test_a_sequence_scores_the_same_in_a_batch_and_alone(scorer: Scorer) -> None
         torch.testing.assert_close(found[single.valid], wanted[single.valid], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scorer", make(), ids=lambda s: s.name)
+@pytest.mark.parametrize("scorer", scorers(), ids=lambda s: s.name)
 def test_a_scorer_declares_every_signal_it_reads(scorer: Scorer) -> None:
     needs = scorer.needs
     view = busy_view(scorer)
@@ -65,7 +59,7 @@ def test_a_scorer_declares_every_signal_it_reads(scorer: Scorer) -> None:
     scorer.score(view)
 
 
-@pytest.mark.parametrize("scorer", make(), ids=lambda s: s.name)
+@pytest.mark.parametrize("scorer", scorers(), ids=lambda s: s.name)
 def test_a_scorer_says_so_if_its_signals_are_missing(scorer: Scorer) -> None:
     view = layer_view(entries=300)
     if str(scorer.needs) == "keys and values only":

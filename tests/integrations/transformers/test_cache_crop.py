@@ -63,6 +63,30 @@ def test_a_cache_cropped_to_nothing_begins_anew(amount: int) -> None:
     assert past.report().entries == 24 * 2 * 2 * BATCH
 
 
+def test_a_context_cropped_to_nothing_makes_room_for_another_prompt() -> None:
+    model = tiny("llama")
+    past = kvthrift.prefill(model, text(BATCH, PROMPT), "snapkv", budget=24, window=8)
+    past.crop(-PROMPT)
+    read(past, text(BATCH, 90))
+    assert {row.most for row in past.report().layers} == {24}
+
+
+def test_sliding_layers_that_cannot_go_back_leave_all_as_it_was() -> None:
+    """Transformers lets them forget what is behind their window unless it is told to record."""
+    model = tiny("gemma3")
+    caches = [kvthrift.Cache(model.config, "snapkv", budget=24, window=8) for _ in range(2)]
+    logits = []
+    for past in caches:
+        with torch.inference_mode():
+            model(input_ids=text(BATCH, PROMPT), past_key_values=past)
+            if past is caches[0]:
+                with pytest.raises(RuntimeError, match="activate_past_recording"):
+                    past.crop(-3)
+            assert past.get_seq_length() == PROMPT
+            logits.append(model(input_ids=text(BATCH, 3), past_key_values=past).logits)
+    assert torch.equal(*logits)
+
+
 def test_cropping_into_the_prompt_forgets_but_brings_nothing_back() -> None:
     past = cache("snapkv")
     read(past, text(BATCH, PROMPT))

@@ -38,6 +38,11 @@ def test_caches_that_are_not_keys_and_values_are_refused_at_once(name: str, why:
     assert "own cache" in str(caught.value)  # the remedy
 
 
+def test_attention_in_both_directions_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="both directions"):
+        kvthrift.Cache(config("llama", is_causal=False))
+
+
 @pytest.mark.parametrize(("name", "why"), [("gpt_oss", "learned sink logits"), ("gemma2", "caps its attention logits")])
 def test_attention_that_is_no_plain_softmax_is_refused(name: str, why: str) -> None:
     model = tiny(name)

@@ -72,7 +72,9 @@ def test_a_budget_that_covers_everything_changes_no_token(name: str) -> None:
         assert go(kvthrift.Cache(model.config, name, **own), index, "kvthrift") == reference(index)
 
 
-@pytest.mark.parametrize(("name", "options"), [("snapkv", {}), ("adakv", {}), ("pyramidkv", {}), ("adakv", {"base": "h2o"})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("snapkv", {}), ("adakv", {}), ("pyramidkv", {}), ("adakv", {"base": "h2o"})]
+)
 def test_bytes_held_at_512_entries(name: str, options: dict[str, Any]) -> None:
     model, tokenizer = loaded()
     ids = tokenizer(demo_text()[:9000], return_tensors="pt").input_ids

@@ -101,6 +101,11 @@ def refuse(config: PreTrainedConfig) -> None:
             "model's own cache."
         )
     text = config.get_text_config(decoder=True)
+    if getattr(text, "is_causal", True) is False:
+        raise UnsupportedModelError(
+            f"{text.model_type} is set to attend in both directions, so what it has read changes with what comes. Use "
+            "it without a cache."
+        )
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedModelError(
             f"{text.model_type} uses multi-head latent attention, whose cache is one latent vector a token and "
