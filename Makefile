@@ -24,7 +24,7 @@ demo: venv
 	$(BIN)/kvthrift run --method snapkv --budget 512
 
 test: lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""A program that starts the run of a grid again and again, and kills it each time after a while, the last time excepted.
+"""A program that starts the run of a grid again and again, and kills it each time after a while but for the last.
 
     python -m tests.eval.killed FOLDER
 

@@ -9,7 +9,7 @@ import pytest
 
 from kvthrift import method
 from kvthrift.errors import BudgetError, RecipeError, UnknownNameError
-from kvthrift.eval.arm import arms
+from kvthrift.eval.arm import arms, redrawn
 from kvthrift.eval.config import Grid
 
 
@@ -74,3 +74,15 @@ def test_unknown_names() -> None:
         names(methods="knorm", options={"snapvk": {"window": 3}})
     with pytest.raises(UnknownNameError, match="option of method snapkv"):
         names(methods="snapkv", options={"snapkv": {"windows": 3}})
+
+
+def test_chance_is_drawn_anew_for_every_sample() -> None:
+    made = {arm.name: arm for arm in arms(Grid.build({"tasks": "x", "methods": "snapkv", "budgets": "64"}))}
+    random = made["random@64"]
+    first, again, second = (redrawn(random, label) for label in ("a/1", "a/1", "a/2"))
+    assert first == again
+    assert len({random.recipe, first.recipe, second.recipe}) == 3
+    assert first.name == random.name
+    assert redrawn(made["snapkv@64"], "a/1") is made["snapkv@64"]
+    other = {"tasks": "x", "methods": "random", "budgets": "64", "options": {"random": {"seed": 5}}}
+    assert redrawn(arms(Grid.build(other))[-1], "a/1") != first

@@ -23,7 +23,8 @@ def test_lists_may_be_texts() -> None:
 
 def test_survives_toml(tmp_path: Path) -> None:
     made = Grid.build({
-        "tasks": "a", "options": {"snapkv": {"window": 8}}, "task_options": {"mode": "x", "turns": 2}, "question": "both"
+        "tasks": "a", "options": {"snapkv": {"window": 8}}, "task_options": {"mode": "x", "turns": 2},
+        "question": "both",
     })  # fmt: skip
     path = tmp_path / "grid.toml"
     path.write_text(tomli_w.dumps(made.plain()))

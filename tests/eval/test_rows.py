@@ -27,7 +27,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read_rows(path) == ROWS
     assert [json.loads(line) for line in data.splitlines()] == ROWS
     with RowFile.open(path) as again:
-        assert again.rows == ROWS
+        assert again.found == ROWS
     assert path.read_bytes() == data
 
 
@@ -41,7 +41,7 @@ def test_a_file_cut_at_any_byte_loses_its_last_row_at_most(tmp_path: Path) -> No
         assert read_rows(path) == ROWS[: whole + complete]
         assert path.read_bytes() == data[:cut]  # reading repairs nothing
         with RowFile.open(path) as file:
-            assert file.rows == ROWS[: whole + complete]
+            assert file.found == ROWS[: whole + complete]
             for row in ROWS[whole + complete :]:
                 file.append(row)
         assert path.read_bytes() == data
@@ -53,7 +53,7 @@ def test_a_garbled_last_line_is_removed(tmp_path: Path, rubbish: bytes) -> None:
     data = written(path)
     path.write_bytes(data + rubbish)
     with RowFile.open(path) as file:
-        assert file.rows == ROWS
+        assert file.found == ROWS
     assert path.read_bytes() == data
 
 

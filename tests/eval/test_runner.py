@@ -236,7 +236,7 @@ def test_what_cannot_be_run_is_refused_at_once(changes: dict[str, Any], error: t
 
 def test_scorers_and_models_are_checked() -> None:
     runner(grid()).check()
-    with pytest.raises(UnknownNameError, match="scorer of task toy.word"):
+    with pytest.raises(UnknownNameError, match=r"scorer of task toy\.word"):
         runner(grid(), Toy(scorer="taste")).check()
     with pytest.raises(UnsupportedModelError):
         runner(grid(), bench=replace(bench(), model=tiny("mistral_sliding"))).check()

@@ -80,8 +80,8 @@ def test_means_and_paired_differences() -> None:
 
 
 def test_failures_count_as_zero() -> None:
-    found = [{**one, "score": 0.0, "error": {"reason": "out of memory", "message": "x"}} if one["arm"] == "full" else one
-             for one in rows(SCORES)]  # fmt: skip
+    failed = {"score": 0.0, "error": {"reason": "out of memory", "message": "x"}}
+    found = [{**one, **failed} if one["arm"] == "full" else one for one in rows(SCORES)]
     for one in found:
         if one["error"]:
             for key in ("prompt", "bytes", "alone", "agreement", "physics", "seconds"):
@@ -172,10 +172,10 @@ def test_different_prompts_are_not_compared() -> None:
 def test_markdown_says_what_must_be_said() -> None:
     made = run([{**one, "note": "no template"} for one in rows(SCORES)])
     text = FORMATS["md"]([(made, tables(made))])
-    for said in ("question hidden", "512 B", "50.0%", "1234567", "H200", "bfloat16", "no template", "(control)", "toy.word 4",
-                 "kvthrift eval --tasks toy.word", "by chance", "75.0 ["):  # fmt: skip
+    for said in ("question hidden", "512 B", "50.0%", "1234567", "H200", "bfloat16", "no template", "(control)",
+                 "toy.word 4", "kvthrift eval --tasks toy.word", "by chance", "75.0 ["):  # fmt: skip
         assert said in text
-    widths = {line.count("|") for line in text.splitlines() if line.startswith("| ") or line.startswith("|---")}
+    widths = {line.count("|") for line in text.splitlines() if line.startswith(("| ", "|---"))}
     assert len(widths) == 4  # four tables, each with rows as wide as its head
 
 

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from kvthrift.eval.arm import arms
 from kvthrift.eval.bench import Bench
 from kvthrift.eval.config import Grid
-from kvthrift.eval.folder import RunFolder
+from kvthrift.eval.folder import ROWS, RunFolder
 from kvthrift.eval.provenance import session
+from kvthrift.eval.rows import read_rows
 from kvthrift.eval.runner import Runner
 from kvthrift.eval.sample import Sample, Task, Turn
 
@@ -104,4 +105,4 @@ def run(path: Path, made: Grid, *tasks: Task, **changes: Any) -> list[dict[str, 
     one = runner(made, *tasks, **changes)
     with RunFolder.open(path, made, one.arms, session(one.bench.model)) as folder:
         one.run(folder)
-        return list(folder.rows.rows)
+    return read_rows(path / ROWS)

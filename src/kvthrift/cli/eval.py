@@ -161,7 +161,7 @@ def _run(runner: Runner, folder: RunFolder, console: Console) -> None:
         runner.run(folder)
     except KeyboardInterrupt:
         console.print(
-            f"interrupted: {len(folder.rows.rows)} rows are kept; the same command goes on from there.", soft_wrap=True
+            f"interrupted: {folder.rows.count} rows are kept; the same command goes on from there.", soft_wrap=True
         )
         raise typer.Exit(INTERRUPTED) from None
 

@@ -6,7 +6,8 @@ Knows methods by name and recipes by their plain form; knows nothing of models o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from zlib import crc32
 
 import torch
 
@@ -14,10 +15,12 @@ from kvthrift.budget import Budget
 from kvthrift.errors import RecipeError, UnknownNameError
 from kvthrift.eval.config import Grid
 from kvthrift.methods import method, methods
+from kvthrift.part import Part
 from kvthrift.recipe import Recipe
 from kvthrift.runtime.compress import check_floor
 
 FULL = "full"
+SEED = "seed"
 CONTROLS = ("random", "streamingllm")
 
 
@@ -62,6 +65,21 @@ def arms(grid: Grid) -> tuple[Arm, ...]:
     for arm in found:
         _refuse_floor(arm)
     return tuple(found)
+
+
+def redrawn(arm: Arm, label: str) -> Arm:
+    """The arm with every part that draws by chance drawing anew for a label, the same for the same label.
+
+    Random eviction draws by position; with one seed it would keep the same places of every sample.
+    """
+    recipe = arm.recipe
+    parts = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    chance = {
+        name: replace(part, **{SEED: crc32(f"{getattr(part, SEED)}/{label}".encode())})
+        for name, part in parts.items()
+        if isinstance(part, Part) and isinstance(getattr(part, SEED, None), int)
+    }
+    return replace(arm, recipe=recipe.with_options(**chance)) if chance else arm
 
 
 def _methods(grid: Grid) -> Iterator[Arm]:

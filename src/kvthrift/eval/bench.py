@@ -10,8 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvthrift.errors import ContextError
 from kvthrift.eval.arm import Arm
-from kvthrift.eval.decode import ends_of
+from kvthrift.eval.decode import ends_of, feed, read
 from kvthrift.integrations.transformers.cache import Cache
+
+WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,8 @@ class Bench:
         """
         for arm in arms:
             Cache(self.model.config, arm.recipe, page=self.page)
+
+    def warm_up(self, arm: Arm) -> None:
+        """A short pass and a step, so that the first sample does not pay for what is set up once."""
+        done = read(self.model, range(WARM_UP_TOKENS), arm.recipe, page=self.page)
+        feed(self.model, done.cache, [0])

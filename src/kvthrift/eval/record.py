@@ -70,8 +70,8 @@ def measured_row(
     answers = {turn: answer for part in parts for turn, answer in part.answers.items()}
     agreement = {turn: found for part in parts for turn, found in part.agreement.items()}
     texts = [decode(answers[turn].tokens) for turn in range(len(sample.turns))]
+    likelihood = {turn: value for part in parts for turn, value in part.likelihood.items()}
     if score is None:
-        likelihood = {turn: value for part in parts for turn, value in part.likelihood.items()}
         scores = [math.exp(likelihood[turn]) for turn in range(len(sample.turns))]
     else:
         scores = [float(score(text, sample, turn)) for text, turn in zip(texts, sample.turns, strict=True)]
@@ -85,6 +85,7 @@ def measured_row(
         "new_tokens": [len(answers[turn].tokens) for turn in range(len(sample.turns))],
         "score": fmean(scores),
         "scores": scores,
+        "likelihood": [likelihood[turn] for turn in sorted(likelihood)] or None,
         **combined([part.cost for part in parts]),
         "agreement": [agreement[turn].plain() for turn in sorted(agreement)] or None,
         "physics": _mean([part.physics for part in parts]),

@@ -34,11 +34,17 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class RowFile:
-    """An open file of rows; use as a context."""
+    """An open file of rows; use as a context.
 
-    def __init__(self, path: Path, file: BinaryIO, rows: list[Row]) -> None:
+    Attributes:
+        found: rows that were there when it was opened.
+        count: rows that are there now.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, found: list[Row]) -> None:
         self.path = path
-        self.rows = rows
+        self.found = found
+        self.count = len(found)
         self._file = file
 
     @classmethod
@@ -78,7 +84,7 @@ class RowFile:
                 f"{self.path} cannot be written: {error.strerror}. Make room and start again; the run goes on from "
                 "there."
             ) from error
-        self.rows.append(row)
+        self.count += 1
 
     def __enter__(self) -> Self:
         return self

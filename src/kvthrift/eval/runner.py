@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvthrift.errors import DataError, UnknownNameError
-from kvthrift.eval.arm import Arm
+from kvthrift.eval.arm import Arm, redrawn
 from kvthrift.eval.bench import Bench, PlainTokenizer
 from kvthrift.eval.config import Grid
 from kvthrift.eval.folder import RunFolder
@@ -57,6 +57,7 @@ class Runner:
         """
         self.bench.check_arms(self.arms)
         self.bench.check_length(self.grid.length, "a sample")
+        self.bench.warm_up(self.arms[0])
         for task in self.tasks:
             first = next(self._samples(task, 1), None)
             if first is None:
@@ -70,7 +71,7 @@ class Runner:
             RunError: a row cannot be written, or the GPU is lost.
             DataError: a task's data ends in damage.
         """
-        done = {key_of(row) for row in folder.rows.rows if not (self.retry and row["error"])}
+        done = {key_of(row) for row in folder.rows.found if not (self.retry and row["error"])}
         rows_a_sample = len(self.arms) * len(self.grid.visibilities)
         progress = Progress(0, len(self.tasks) * self.grid.samples * rows_a_sample)
         for task in self.tasks:
@@ -81,6 +82,7 @@ class Runner:
             progress.total -= (self.grid.samples - count) * rows_a_sample
 
     def _sample(self, sample: Sample, number: int, done: set[Key], folder: RunFolder, progress: Progress) -> None:
+        arms = [redrawn(arm, f"{sample.task}/{sample.id}") for arm in self.arms]
         for visible in self.grid.visibilities:
             there = [(sample.task, sample.id, question(visible), arm.name) in done for arm in self.arms]
             progress.done, progress.row = progress.done + sum(there), None
@@ -88,8 +90,8 @@ class Runner:
             turn = Round(
                 self.bench,
                 sample,
-                arms=self.arms,
-                missing=[arm for arm, found in zip(self.arms, there, strict=True) if not found],
+                arms=arms,
+                missing=[arm for arm, found in zip(arms, there, strict=True) if not found],
                 score=self._scorer(sample),
                 visible=visible,
                 alone=self.grid.alone < 0 or number < self.grid.alone,

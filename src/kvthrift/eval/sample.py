@@ -42,7 +42,8 @@ class Sample:
         turns: one or more questions.
         scorer: how an answer is scored: a name of :data:`kvthrift.eval.metrics.SCORERS`.
         chat: whether the prompt goes into the model's chat template.
-        mode: "single"; "multi_turn" (follow-ups see the gold earlier answers); "multi_request" (each question by itself).
+        mode: "single"; "multi_turn" (follow-ups see the gold earlier answers); "multi_request" (each question by
+            itself).
         meta: whatever the report shows (needle depth, choices, source).
     """
 
