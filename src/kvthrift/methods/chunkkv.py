@@ -16,6 +16,7 @@ def chunkkv(
     pooled: Literal["mean", "sum"] = "mean",
     per_head: bool = False,
     fill: bool = False,
+    group: Literal["mean", "max", "sum"] = "mean",
 ) -> Recipe:
     """Keeps whole chunks by window attention, so that kept text stays readable to the model.
 
@@ -29,10 +30,11 @@ def chunkkv(
         pooled: how entries make a chunk's score; a sum handicaps a short last chunk, a mean favours it.
         per_head: each KV head chooses its own chunks.
         fill: take up the rest of the budget with the best entries of the next chunk.
+        group: how the query heads of a KV head are joined.
     """
     return Recipe(
         "chunkkv",
-        scorer=WindowAttention(window=window, queries="sum", pool="none"),
+        scorer=WindowAttention(window=window, queries="sum", pool="none", group=group),
         unit=ChunkUnit(chunk, pooled, per_head, fill),
         protect=Protect(recent=window),
         reuse=reuse,

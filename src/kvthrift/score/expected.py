@@ -12,6 +12,7 @@ from torch import Tensor
 from kvthrift.core import LayerView, Rope, Signals
 from kvthrift.part import require
 from kvthrift.score.base import Scorer
+from kvthrift.score.window import Reduce, reduce
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class ExpectedAttention(Scorer, name="expected_attention"):
 
     The prompt's pre-RoPE queries behind the first ``sinks`` tokens have mean mu and covariance S; both are turned by
     the mean rotation over the next ``future`` positions. Entry j gets softmax over j of mu.k/sqrt(d) + k.S.k/(2d),
-    averaged over the group, plus ``epsilon``, times ||v||_2. The first ``sinks`` tokens score highest.
+    joined over the group (the mean as published), plus ``epsilon``, times ||v||_2. The first ``sinks`` tokens score
+    highest.
     """
 
     future: int = 512
@@ -28,6 +30,7 @@ class ExpectedAttention(Scorer, name="expected_attention"):
     epsilon: float = 0.0
     covariance: bool = True
     value_norm: bool = True
+    group: Reduce = "mean"
     is_mass: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -53,7 +56,7 @@ class ExpectedAttention(Scorer, name="expected_attention"):
             logits = logits + torch.einsum("bhtd,bhgde,bhte->bhgt", keys, spread, keys) * view.scale**2 / 2
         sink = (view.positions < self.sinks) & view.valid
         logits = logits.masked_fill((sink | ~view.valid)[:, :, None], -math.inf)
-        score = logits.softmax(dim=-1).nan_to_num(0.0).mean(dim=2) + self.epsilon
+        score = reduce(logits.softmax(dim=-1).nan_to_num(0.0), self.group, 2) + self.epsilon
         if self.value_norm:
             score = score * view.values.float().norm(dim=-1)
         top = score.masked_fill(~view.valid, 0.0).amax(dim=-1, keepdim=True)

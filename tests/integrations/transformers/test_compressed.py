@@ -77,3 +77,16 @@ def test_a_long_question_does_not_push_out_what_was_read_before_it() -> None:
         model(input_ids=IDS, past_key_values=inside)
         model(input_ids=question, past_key_values=inside)
     assert {row.most for row in inside.report().layers} == {64}
+
+
+@pytest.mark.parametrize("first", [kvthrift.method("full"), kvthrift.method("snapkv", budget=400)])
+def test_a_recipe_that_needs_nothing_leaves_what_others_need(first: kvthrift.Recipe) -> None:
+    cache = kvthrift.prefill(tiny("llama"), IDS, observe=["h2o", first])
+    before = cache.compressed("h2o", budget=64)
+    shares_pages = cache.compressed(first)
+    after = cache.compressed("h2o", budget=64)
+    assert shares_pages.report().entries == cache.report().entries
+    for ours, theirs in zip(after.state.layers, before.state.layers, strict=True):
+        assert ours.store is not None
+        assert theirs.store is not None
+        assert torch.equal(ours.store.positions(), theirs.store.positions())
