@@ -93,7 +93,7 @@ def test_the_peak_is_one_layer_and_the_budget() -> None:
     past = kvthrift.Cache(model.config, "knorm", budget=BUDGET)
     between: list[int] = []
     for layer in model.model.layers:  # type: ignore[union-attr]
-        layer.register_forward_hook(lambda *_: between.append(live_bytes(past)))
+        layer.register_forward_hook(lambda *_: between.append(live_bytes(past.state.layers)))
     with torch.inference_mode():
         model(input_ids=text(1, 1600), past_key_values=past, logits_to_keep=1)
     report = past.report()
