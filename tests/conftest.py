@@ -13,6 +13,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products o
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run, slowly, in numpy
+
 torch.set_num_threads(1)  # small models gain nothing from more, and lose much where cores are shared
 
 

@@ -13,6 +13,7 @@ from kvthrift.errors import (
     DataError,
     KvthriftError,
     MaskError,
+    MissingPackageError,
     MissingSignalError,
     ModelError,
     ModelMismatchError,
@@ -25,6 +26,7 @@ from kvthrift.errors import (
 )
 from kvthrift.integrations.transformers.attention import register as _register
 from kvthrift.integrations.transformers.cache import Cache
+from kvthrift.integrations.transformers.generate import generate
 from kvthrift.integrations.transformers.prefill import prefill
 from kvthrift.integrations.transformers.save import load
 from kvthrift.methods import Method, method, methods
@@ -50,6 +52,7 @@ __all__ = [
     "LayerView",
     "MaskError",
     "Method",
+    "MissingPackageError",
     "MissingSignalError",
     "ModelError",
     "ModelMismatchError",
@@ -64,6 +67,7 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedModelError",
     "__version__",
+    "generate",
     "load",
     "method",
     "methods",

@@ -7,5 +7,18 @@ device. Knows nothing of recipes, pages or models.
 from kvthrift.kernels.attention import attend
 from kvthrift.kernels.merge import merge
 from kvthrift.kernels.observe import column_sums, entry_attention, window_attention
+from kvthrift.kernels.paged import Paged, ReadPlan, paged_append, paged_attend, plan_read, unfit
 
-__all__ = ["attend", "column_sums", "entry_attention", "merge", "window_attention"]
+__all__ = [
+    "Paged",
+    "ReadPlan",
+    "attend",
+    "column_sums",
+    "entry_attention",
+    "merge",
+    "paged_append",
+    "paged_attend",
+    "plan_read",
+    "unfit",
+    "window_attention",
+]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from kvthrift.core import AttentionOutput
+
+if TYPE_CHECKING:
+    from kvthrift.kernels.paged import Paged
 
 
 def attend(
@@ -36,3 +41,25 @@ def attend(
     lse = logits.logsumexp(dim=-1)  # [B, HG, Q]
     probabilities = (logits - lse.masked_fill(lse.isinf(), 0.0)[..., None]).exp()
     return AttentionOutput((probabilities @ values).to(q.dtype), lse)
+
+
+def paged_attend(q: Tensor, paged: Paged, *, scale: float) -> AttentionOutput:
+    """Attention over pages, after gathering them; see :func:`kvthrift.kernels.paged.paged_attend`."""
+    b, (rows, width) = q.shape[0], paged.table.shape
+    places = width * paged.page
+    index = paged.table.long().clamp(min=0)
+    keys, values = (t[index].reshape(b, rows // b, places, t.shape[-1]) for t in (paged.keys, paged.values))
+    absent = torch.arange(places, device=q.device) >= paged.lengths[:, None]  # [rows, places]
+    bias = torch.zeros(absent.shape, device=q.device) if paged.bias is None else paged.bias[index].reshape(rows, places)
+    return attend(q, keys, values, scale=scale, bias=bias.masked_fill(absent, float("-inf")).view(b, -1, places))
+
+
+def paged_append(k: Tensor, v: Tensor, positions: Tensor, paged: Paged) -> None:
+    """One entry behind each row's; see :func:`kvthrift.kernels.paged.paged_append`."""
+    rows, page = paged.table.shape[0], paged.page
+    lengths = paged.lengths.long()
+    slots = paged.table.long().gather(1, (lengths // page)[:, None])[:, 0] * page + lengths % page
+    paged.keys.flatten(0, 1)[slots] = k.reshape(rows, -1)
+    paged.values.flatten(0, 1)[slots] = v.reshape(rows, -1)
+    paged.positions.view(-1)[slots] = positions.to(torch.int32).repeat_interleave(rows // len(positions))
+    paged.lengths.add_(1)

@@ -83,14 +83,17 @@ class LayerCache:
         store = self.store_for(state, q, k, v)
         store.append(k, v, step.positions)
         self.since += 1
-        view = store.read()
         whole = store.longest == int(step.start.max()) + 1  # nothing has gone: be bit for bit what sdpa is
-        out = kernels.attend(q, view.keys, view.values, scale=self.scale, bias=view.bias, verbatim=whole).out
+        if store.unfit is None and not whole:
+            out = kernels.paged_attend(q, store.paged(), scale=self.scale).out
+        else:
+            view = store.read()
+            out = kernels.attend(q, view.keys, view.values, scale=self.scale, bias=view.bias, verbatim=whole).out
         if not self.whole and state.recipe.trigger.every is not None:
             self._observe(state, q, step, facts)
             if self._counts_columns(state):
-                valid = store.valid()
-                received = kernels.entry_attention(q, view.keys, valid=valid, scale=self.scale, bias=store.mass())
+                keys, valid = store.read().keys, store.valid()
+                received = kernels.entry_attention(q, keys, valid=valid, scale=self.scale, bias=store.mass())
                 store.write("columns", store.plane("columns") + received)
         return out
 

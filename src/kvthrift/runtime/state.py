@@ -16,6 +16,7 @@ from kvthrift.core import LayerView, ModuleFacts, Signals
 from kvthrift.errors import CacheStateError, MissingSignalError, RecipeError
 from kvthrift.recipe import Recipe
 from kvthrift.runtime.compress import check_floor, layer_totals
+from kvthrift.runtime.fixed import FixedSteps
 from kvthrift.runtime.layer import LayerCache
 from kvthrift.runtime.meter import Meter
 from kvthrift.runtime.step import Columns, Ints, Step
@@ -56,6 +57,7 @@ class CacheState:
         self.prompted = False  # what comes is part of a prompt, however few tokens it has
         self.chunked = False  # more chunks of the same prompt are to come: keep observations
         self.sealed = False  # the context is read: later passes are questions about it, and add to it uncompressed
+        self.fixed: FixedSteps | None = None  # decode steps under way whose book-keeping is the device's
         self._weights: dict[int, Tensor] = {}
         self._mean: Tensor | None = None  # entries per head the weighed layers share, [B]
         self._step: Step | None = None
@@ -77,6 +79,8 @@ class CacheState:
             MaskError: the mask contradicts earlier ones.
             ModelMismatchError: the batch, heads or dtype are not those of earlier passes.
         """
+        if self.fixed is not None:
+            return self.fixed.attend(self.layers[place], q, k, v, scale)
         if place != self._next:
             raise CacheStateError(
                 f"layer {self.layers[place].number} is not the one that is due: an earlier forward pass failed half "
@@ -278,7 +282,7 @@ class CacheState:
         other.__dict__.update(self.__dict__)
         other.layers = [layer.fork() for layer in self.layers]
         other.columns = self.columns.fork()
-        other.meter = Meter()
+        other.meter, other.fixed = Meter(), None
         other._weights = dict(self._weights)
         return other
 

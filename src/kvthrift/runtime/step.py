@@ -139,6 +139,12 @@ class Columns:
         self.history = np.concatenate((past, new), axis=1)
         self.length += step.length
 
+    def grow(self, batch: int, length: int) -> None:
+        """Remember ``length`` columns in which every sequence had a real token."""
+        if self.history is not None:
+            self.history = np.concatenate((self.history, np.ones((batch, length), dtype=bool)), axis=1)
+        self.length += length
+
     def crop(self, length: int) -> None:
         """Forget all columns from ``length`` on."""
         self.length = length

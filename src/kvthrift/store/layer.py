@@ -8,7 +8,6 @@ shares them, the pages lie in table order and reading is a view; otherwise it is
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from kvthrift.core import LayerShape
 from kvthrift.errors import CacheStateError
+from kvthrift.kernels.paged import Paged, paged_append, unfit
 from kvthrift.store.pool import PagePool, Pages
 
 Lengths = NDArray[np.int64]
@@ -60,7 +60,7 @@ class LayerStore:
         self.batch = batch
         self.page = page
         self.pool = PagePool(page, shape.key_dim, shape.value_dim, dtype, device, planes)
-        self.lengths: Lengths = np.zeros((batch, shape.kv_heads), dtype=np.int64)
+        self.lengths = np.zeros((batch, shape.kv_heads), dtype=np.int64)
         self._set_table(np.full((batch * shape.kv_heads, 0), -1, dtype=np.int64))
 
     # -- sizes ---------------------------------------------------------------------------------------------------
@@ -69,6 +69,16 @@ class LayerStore:
     def device(self) -> torch.device:
         """Where the pages are."""
         return self.pool.keys.device
+
+    @property
+    def lengths(self) -> Lengths:
+        """``[B, H]`` entries of each head; replaced, never written to."""
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: Lengths) -> None:
+        self._lengths = lengths
+        self._on_device: Tensor | None = None  # the same, [B * H] int32, once a kernel asked for it
 
     @property
     def longest(self) -> int:
@@ -83,7 +93,8 @@ class LayerStore:
     @property
     def bytes(self) -> int:
         """Bytes of the live tensors: pages, page table on the device included."""
-        return self.pool.bytes + self._index.numel() * self._index.element_size()
+        lengths = 0 if self._on_device is None else self._on_device.numel() * self._on_device.element_size()
+        return self.pool.bytes + self._index.numel() * self._index.element_size() + lengths
 
     @property
     def uniform(self) -> bool:
@@ -113,6 +124,10 @@ class LayerStore:
         added = np.full(b, t, dtype=np.int64) if counts is None else counts
         start = self.lengths
         self._reserve(start + added[:, None])
+        if t == 1 and counts is None and not self.pool.planes and self.unfit is None:
+            paged_append(keys, values, positions[:, 0], self.paged())
+            self._lengths = start + 1  # the device has counted already
+            return
         whole = counts is None and self._dense and self.uniform
         at = int(start.flat[0]) if whole else 0
         spread = positions[:, None, :].expand(b, h, t)
@@ -167,6 +182,18 @@ class LayerStore:
             self._tensor(name).flatten(0, 1).index_copy_(0, slots, source)
         self.lengths = lengths.copy()
 
+    def make_room(self, count: int) -> None:
+        """Own pages for ``count`` more entries of every head; planes there are zero."""
+        self._reserve(self.lengths + count)
+        places = self.lengths.reshape(-1, 1) + np.arange(count)
+        slots = self._slots(np.arange(len(places))[:, None], places)
+        for plane in self.pool.planes.values():
+            plane.view(-1).index_fill_(0, slots, 0)
+
+    def grown(self, count: int) -> None:
+        """Kernels wrote and counted ``count`` entries of every head in the room that was made: count them here too."""
+        self._lengths = self._lengths + count
+
     def rewind(self, limits: Tensor) -> None:
         """Forget every entry at position ``limits [B]`` or later."""
         if not self.longest:
@@ -198,6 +225,21 @@ class LayerStore:
             bias = logged if bias is None else bias + logged
         keys, values = (self._rectangle(t)[:, :, : self.longest] for t in (self.pool.keys, self.pool.values))
         return StoreView(keys, values, bias)
+
+    @property
+    def unfit(self) -> str | None:
+        """Why kernels cannot read and write these pages where they lie; None if they can."""
+        shape, pool = self.shape, self.pool
+        return unfit(pool.keys.device, pool.keys.dtype, shape.key_dim, shape.value_dim, self.page)
+
+    def paged(self) -> Paged:
+        """The pages themselves, for kernels that read and write them where they lie."""
+        if self._on_device is None:
+            self._on_device = torch.from_numpy(self.lengths.reshape(-1).astype(np.int32)).to(self.device)
+        table = self._index.view(self.table.shape)
+        return Paged(
+            self.pool.keys, self.pool.values, self.pool.positions, table, self._on_device, self.pool.planes.get("bias")
+        )
 
     def positions(self) -> Tensor:
         """``[B, H, T]`` int64 true positions (0 where there is no entry)."""
@@ -352,5 +394,8 @@ class LayerStore:
         self.pool.stores -= 1
 
     def __del__(self) -> None:
-        with suppress(Exception):  # at interpreter exit numpy may be gone before us
+        # at interpreter exit numpy, and contextlib too, may be gone before us
+        try:  # noqa: SIM105
             self._release()
+        except Exception:
+            pass

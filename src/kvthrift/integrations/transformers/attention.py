@@ -7,7 +7,7 @@ carries its layer's handle; without one, attention is transformers' own sdpa.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ _REFUSED = {
 }
 _REFUSED_WITH_CACHE = {"position_bias": "adds a learned position bias to its logits"}
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def untraced(function: _F) -> _F:
+    """Have torch.compile call ``function`` as it is: what it does to a cache is book-keeping, not arithmetic."""
+    return cast(_F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
 
 class Handle(Protocol):
     """What a key tensor carries: the cache layer that attends."""
@@ -38,6 +45,7 @@ class Handle(Protocol):
         """The keys just brought will not be attended to."""
 
 
+@untraced
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -125,6 +133,7 @@ def _without_cache(
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
+@untraced
 def mask(
     batch_size: int,
     q_length: int,

@@ -22,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvthrift.budget import Budget
 from kvthrift.errors import CacheStateError, ModelMismatchError, RecipeError, UnsupportedModelError
-from kvthrift.integrations.transformers.attention import HANDLE, NAME
+from kvthrift.integrations.transformers.attention import HANDLE, NAME, untraced
 from kvthrift.integrations.transformers.facts import config_fingerprint, module_facts, refuse
 from kvthrift.integrations.transformers.reporting import cache_report
 from kvthrift.methods import method
@@ -77,6 +77,7 @@ class CacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: pages are taken as they are needed."""
 
+    @untraced
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values; they are stored once the attention function has seen the queries."""
         owner = self.owner
@@ -129,6 +130,7 @@ class CacheLayer(CacheLayerMixin):
         """Columns read so far, padding included: the logical length, not the stored one."""
         return self.owner.state.columns.length
 
+    @untraced
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns a mask must cover, and their offset."""
         return self.get_seq_length() + query_length, 0

@@ -1,0 +1,180 @@
+"""Decode attention of one layer over pages: time, and share of what a copy moves, beside dense attention.
+
+    python benchmarks/gpu/decode_kernel.py --out results.md
+
+Every number is of a CUDA graph that reads many layers' caches in turn, together larger than the L2 cache, so that no
+layer is found there from the round before; the time is a layer's, median of the repeats. What is printed was checked
+against float64 first. Heads as in Llama-3.1-8B (32 query heads, 8 KV heads, 128 wide, bf16), pages of 64.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import torch
+import triton
+import typer
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kvthrift.kernels import Paged, ReadPlan, plan_read
+from kvthrift.kernels.triton.read import read
+
+HEADS, GROUP, DIM, PAGE = 8, 4, 128, 64
+SCALE = DIM**-0.5
+SPACE = 300 * 2**20  # bytes that a round touches at least
+SHAPES = {"1 x 1K": (1, 1024), "1 x 4K": (1, 4096), "1 x 32K": (1, 32768), "8 x 4K": (8, 4096), "8 x 32K": (8, 32768),
+          "64 x 4K": (64, 4096)}  # fmt: skip
+
+
+def per_call(call: Callable[[int], object], layers: int, repeats: int) -> float:
+    """Microseconds of ``call(layer)`` within a graph that makes it for every layer."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for layer in range(layers):
+            call(layer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(layers):
+            call(layer)
+    times = []
+    for turn in range(repeats + 5):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        if turn >= 5:
+            times.append(1000 * start.elapsed_time(stop) / layers)
+    graph.reset()
+    return median(times)
+
+
+def copy_bandwidth(repeats: int) -> float:
+    """Bytes a second, read and written, of a copy of a gibibyte."""
+    source = torch.empty(2**29, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 2 / (per_call(lambda _: target.copy_(source), 2, repeats) * 1e-6)
+
+
+def layer_of(lengths: Tensor) -> tuple[Tensor, Paged]:
+    """Random queries ``[B, HG, 1, D]`` and scattered pages for ``lengths [B, H]``."""
+    rows, width = lengths.numel(), int(-(-lengths.max() // PAGE))
+    counts = -(-lengths.reshape(-1) // PAGE)
+    total = int(counts.sum())
+    table = torch.zeros(rows, width, dtype=torch.int32)
+    table[torch.arange(width) < counts[:, None]] = torch.randperm(total).int()
+    pages = [torch.empty(total, PAGE, DIM, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2)]
+    positions = torch.zeros(total, PAGE, dtype=torch.int32, device="cuda")
+    queries = torch.randn(len(lengths), HEADS * GROUP, 1, DIM, device="cuda").bfloat16()
+    return queries, Paged(*pages, positions, table.cuda(), lengths.reshape(-1).int().cuda())
+
+
+def check(q: Tensor, paged: Paged, out: Tensor) -> None:
+    """Against float64, on a few rows."""
+    rows = paged.table.shape[0]
+    folded, found = q.reshape(rows, GROUP, DIM).double(), out.reshape(rows, GROUP, DIM).double()
+    for row in range(0, rows, max(1, rows // 4)):
+        length = int(paged.lengths[row])
+        index = paged.table[row, : -(-length // PAGE)].long()
+        k, v = (t[index].reshape(-1, DIM)[:length].double() for t in (paged.keys, paged.values))
+        wanted = (folded[row] @ k.T * SCALE).softmax(-1) @ v
+        torch.testing.assert_close(found[row], wanted, atol=4e-3, rtol=2e-2)
+
+
+def ours(lengths: Tensor, repeats: int, settings: list[tuple[int, int, int]]) -> dict[tuple[int, int, int], float]:
+    """Microseconds of each setting (pages a program, warps, stages)."""
+    size = int(lengths.sum()) * DIM * 4
+    layers = max(2, min(96, -(-SPACE // size)))
+    made = [layer_of(lengths) for _ in range(layers)]
+    rows, width = made[0][1].table.shape
+    found = {}
+    for run, warps, stages in settings:
+        plan: ReadPlan = plan_read(rows, width, GROUP, DIM, torch.device("cuda"), run=run)
+        try:
+            check(*made[0], read(*made[0], SCALE, plan, warps=warps, stages=stages)[0])
+            found[run, warps, stages] = per_call(
+                lambda i, plan=plan, warps=warps, stages=stages: read(
+                    *made[i], SCALE, plan, warps=warps, stages=stages
+                ),
+                layers,
+                repeats,
+            )
+        except triton.runtime.errors.OutOfResources:
+            continue
+    return found
+
+
+def dense(backend: SDPBackend, batch: int, length: int, repeats: int) -> float:
+    """Microseconds of torch's own attention over contiguous keys of equal lengths."""
+    layers = max(2, min(96, -(-SPACE // (batch * HEADS * length * DIM * 4))))
+    made = [
+        tuple(
+            torch.empty(batch, heads, many, DIM, dtype=torch.bfloat16, device="cuda").normal_()
+            for heads, many in ((HEADS * GROUP, 1), (HEADS, length), (HEADS, length))
+        )
+        for _ in range(layers)
+    ]
+    with sdpa_kernel(backend):
+        return per_call(lambda i: F.scaled_dot_product_attention(*made[i], enable_gqa=True), layers, repeats)
+
+
+def skewed(batch: int, length: int, skew: int) -> Tensor:
+    """``[B, H]`` lengths with the mean ``length``: one head in eight holds ``skew`` times what the others do."""
+    short = length * HEADS / (HEADS - 1 + skew)
+    lengths = torch.full((batch, HEADS), int(short))
+    lengths[:, 3] = length * HEADS - (HEADS - 1) * int(short)
+    return lengths
+
+
+def main(
+    repeats: int = 30,
+    sweep: Annotated[bool, typer.Option(help="try every setting, and print the best")] = False,
+    shapes: str = ",".join(SHAPES),
+    out: Annotated[Path | None, typer.Option(help="append the Markdown here")] = None,
+) -> None:
+    """Measure this GPU."""
+    torch.manual_seed(0)
+    peak = copy_bandwidth(repeats)
+    lines = [
+        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, triton {triton.__version__}, Python "
+        f"{platform.python_version()}. A copy moves {peak / 1e12:.2f} TB/s (read and written).",
+        "",
+        "| entries a head | MB | cuDNN us | flash us | pages us | of copy | ragged 20:1 us | ragged / even |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    settings = list(product((1, 2, 4, 8, 16, 32), (2, 4, 8), (2, 3, 4))) if sweep else [(0, 4, 3)]
+    for name in shapes.split(","):
+        batch, length = SHAPES[name]
+        size = batch * HEADS * length * DIM * 4
+        stock = [dense(x, batch, length, repeats) for x in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)]
+        even = ours(torch.full((batch, HEADS), length), repeats, settings)
+        ragged = ours(skewed(batch, length, 20), repeats, settings)
+        torch.cuda.empty_cache()
+        best, worst = min(even, key=even.__getitem__), min(ragged, key=ragged.__getitem__)
+        lines.append(
+            f"| {name} | {size / 1e6:.0f} | {stock[0]:.1f} | {stock[1]:.1f} | {even[best]:.1f} | "
+            f"{size / (even[best] * 1e-6) / peak:.0%} | {ragged[worst]:.1f} | {ragged[worst] / even[best]:.2f} |"
+        )
+        print(lines[-1], flush=True)
+        if sweep:
+            for kind, found in (("even", even), ("ragged", ragged)):
+                ranked = sorted(found.items(), key=lambda item: item[1])
+                print("   ", kind, [(key, round(us, 1)) for key, us in ranked[:6]], "worst", ranked[-1], flush=True)
+    text = "\n".join(lines)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8") as file:
+            file.write(text + "\n\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,203 @@
+"""``kvthrift.generate``: transformers' ``generate`` with its decoding loop over recorded steps.
+
+Everything around the loop (generation config, logits processors, stopping criteria, streamers) stays transformers' own:
+the loop is handed to it by ``custom_generate=``, its public place for one.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache as once
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from kvthrift.errors import ContextError, OptionError
+from kvthrift.integrations.transformers.cache import Cache
+from kvthrift.integrations.transformers.graph import GraphSteps, GraphUnavailableError, obstacle
+
+_LOG = logging.getLogger("kvthrift")
+_MOST_ROOM = 512  # steps whose pages are taken ahead
+_WORTH = 4  # steps below which recording costs more than it saves
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: Cache,
+    *,
+    graph: bool = True,
+    compiled: bool = False,
+    streamer: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """``model.generate`` with a kvthrift cache, each decode step a CUDA graph where that can be.
+
+    Greedy and sampled decoding, any batch, padding to the left, logits processors, stopping criteria and streamers as
+    in transformers. Where a step cannot be recorded (no GPU, layers that keep transformers' own cache, a model that
+    asks the host within its step), it runs as usual, and one line of the log says why.
+
+    Args:
+        model: a causal LM loaded with ``attn_implementation="kvthrift"``.
+        input_ids: ``[B, T]``, what the cache holds already included.
+        cache: empty, or from :func:`kvthrift.prefill`, or a fork.
+        graph: record steps at all.
+        compiled: fuse the model's elementwise operations with ``torch.compile`` before recording: slow once, faster
+            ever after.
+        streamer: gets each token as it comes.
+        kwargs: as for ``model.generate``.
+
+    Returns:
+        What ``model.generate`` returns.
+
+    Raises:
+        OptionError: beams, assisted decoding or another mode whose loop is not this one.
+        ContextError: the cache holds all of ``input_ids`` already.
+    """
+    if not isinstance(cache, Cache):
+        raise OptionError(f"cache is a {type(cache).__name__}; kvthrift.generate takes a kvthrift.Cache.")
+    for name in ("num_beams", "num_return_sequences"):
+        if (kwargs.get(name) or 1) != 1:
+            raise OptionError(
+                f"{name}={kwargs[name]} has a loop of its own: call model.generate, which takes the cache."
+            )
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "custom_generate"):
+        if kwargs.get(name) is not None:
+            raise OptionError(f"{name}= has a loop of its own: call model.generate, which takes the cache.")
+    return model.generate(  # type: ignore[operator]
+        input_ids,
+        past_key_values=cache,
+        custom_generate=_Loop(graph=graph, compiled=compiled, streamer=streamer),
+        streamer=streamer,
+        **kwargs,
+    )
+
+
+@once
+def _say_why(reason: str) -> None:
+    _LOG.warning("decode steps run kernel by kernel, not as a graph: %s.", reason)
+
+
+class _Loop:
+    """Greedy or sampled decoding, a token a step."""
+
+    def __init__(self, *, graph: bool, compiled: bool, streamer: Any) -> None:
+        self.graph, self.compiled, self.streamer = graph, compiled, streamer
+        self.steps: GraphSteps | None = None
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
+        cache: Cache = kwargs["past_key_values"]
+        if generation_config.num_beams != 1:
+            raise OptionError("the generation config asks for beams: call model.generate, which takes the cache.")
+        mask: Tensor | None = kwargs.get("attention_mask")
+        pad = _pad_token(generation_config)
+        unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        most = stopping_criteria.max_length or input_ids.shape[1] + _MOST_ROOM
+        logits = _read(model, input_ids, mask, cache)
+        kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+        try:
+            while True:
+                raw = logits.to(torch.float32, copy=True)
+                scores: Tensor = logits_processor(input_ids, raw)  # type: ignore[arg-type]
+                if generation_config.output_scores:
+                    kept[0].append(scores.clone())
+                if generation_config.output_logits:
+                    kept[1].append(raw)
+                if generation_config.do_sample:
+                    tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+                else:
+                    tokens = scores.argmax(dim=-1)
+                tokens = torch.where(unfinished, tokens, pad)
+                input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
+                if mask is not None:
+                    mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+                if self.streamer is not None:
+                    self.streamer.put(tokens.cpu())
+                unfinished = unfinished & ~stopping_criteria(input_ids, scores)
+                if not bool(unfinished.any()):
+                    break
+                logits = self._step(model, cache, input_ids, mask, most - input_ids.shape[1])
+        finally:
+            self._settle()
+        if self.streamer is not None:
+            self.streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return input_ids
+        return GenerateDecoderOnlyOutput(
+            sequences=input_ids,  # type: ignore[arg-type]
+            scores=tuple(kept[0]) if generation_config.output_scores else None,  # type: ignore[arg-type]
+            logits=tuple(kept[1]) if generation_config.output_logits else None,  # type: ignore[arg-type]
+            past_key_values=cache,
+        )
+
+    def _step(self, model: PreTrainedModel, cache: Cache, input_ids: Tensor, mask: Tensor | None, left: int) -> Tensor:
+        """Logits ``[B, vocabulary]`` after the newest token; ``left`` more steps may follow this one."""
+        if self.steps is not None and not self.steps.left:
+            self._settle()
+        if self.steps is None and self.graph:
+            room = min(left + 1, _MOST_ROOM, _until_due(cache))
+            if room >= _WORTH:
+                self._record(model, cache, room)
+        if self.steps is not None:
+            return self.steps.step(input_ids[:, -1])
+        return _read(model, input_ids, mask, cache)
+
+    def _record(self, model: PreTrainedModel, cache: Cache, room: int) -> None:
+        why = obstacle(model, cache)
+        if why is None:
+            try:
+                self.steps = GraphSteps(model, cache, room, compiled=self.compiled)
+                return
+            except GraphUnavailableError as error:
+                why = str(error)
+        self.graph = False
+        _say_why(why)
+
+    def _settle(self) -> None:
+        if self.steps is not None:
+            self.steps.finish()
+            self.steps = None
+
+
+def _read(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+    """Let the model read what the cache does not hold; the last column's logits."""
+    past = cache.get_seq_length()
+    if past >= input_ids.shape[1]:
+        raise ContextError(
+            f"the cache holds {past} tokens, and input_ids has {input_ids.shape[1]}: nothing is left to read. Pass the "
+            "ids of what the cache holds and of what comes behind it."
+        )
+    extra: dict[str, Tensor] = {}
+    if mask is not None:
+        extra["attention_mask"] = mask
+        extra["position_ids"] = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
+    out = model(input_ids=input_ids[:, past:], past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
+    logits: Tensor = out.logits[:, -1]
+    return logits
+
+
+def _until_due(cache: Cache) -> int:
+    """Steps before decoded tokens must be compressed."""
+    every = cache.recipe.trigger.every
+    if every is None:
+        return _MOST_ROOM
+    return every - max((layer.since for layer in cache.state.layers if not layer.whole), default=0)
+
+
+def _pad_token(config: GenerationConfig) -> int:
+    """What finished sequences go on with."""
+    for token in (config.pad_token_id, config.eos_token_id):
+        if token is not None:
+            return int(token[0] if isinstance(token, list) else token)
+    return 0

@@ -1,0 +1,160 @@
+"""Reading and writing pages where they lie: one decode step for heads of any lengths, without a gather or padding.
+
+The dispatch point of everything that works on pages. Triton's kernels (``triton/``) where there is a GPU for them, the
+naive twins elsewhere; the two take the same arguments. Lengths and tables are tensors on the device, so that a step
+needs nothing from the host and can be part of a CUDA graph. Knows nothing of recipes or models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvthrift.core import AttentionOutput
+from kvthrift.kernels import naive
+
+_LARGEST_DIM = 256
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Entries of many heads in pages; a row is one KV head of one sequence, sequences first.
+
+    Attributes:
+        keys, values: ``[P, page, Dk]``, ``[P, page, Dv]``.
+        positions: ``[P, page]`` int32 true positions.
+        table: ``[rows, width]`` int32 page numbers; a row's first ``ceil(length / page)`` are its own.
+        lengths: ``[rows]`` int32 entries.
+        bias: ``[P, page]`` float32 added to logits, or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    table: Tensor
+    lengths: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def page(self) -> int:
+        """Entries a page."""
+        return self.keys.shape[1]
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """How a read is cut up, and where its parts meet; made once and used step after step.
+
+    Attributes:
+        run: pages a program reads.
+        runs: programs a row.
+        parts: ``[rows, runs, queries, Dv]`` float32 scratch.
+        lses: ``[rows, runs, queries]`` float32 scratch.
+        arrived: ``[rows]`` int32, all zero between reads.
+    """
+
+    run: int
+    runs: int
+    parts: Tensor
+    lses: Tensor
+    arrived: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the scratch."""
+        return sum(t.numel() * t.element_size() for t in (self.parts, self.lses, self.arrived))
+
+
+def plan_read(rows: int, width: int, queries: int, value_dim: int, device: torch.device, *, run: int = 0) -> ReadPlan:
+    """Cut rows of up to ``width`` pages so that the device is filled.
+
+    Args:
+        rows: heads of all sequences.
+        width: pages of the longest row that will be read with this plan.
+        queries: query vectors a row (group times query length).
+        value_dim: Dv.
+        device: where the scratch lives.
+        run: pages a program, or 0: chosen from the device's multiprocessors.
+    """
+    if not run:
+        fill = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+        run = min(16, -(-rows * width // fill))
+    run = max(1, min(run, max(width, 1)))
+    runs = max(-(-width // run), 1)
+    return ReadPlan(
+        run,
+        runs,
+        torch.empty(rows, runs, queries, value_dim, dtype=torch.float32, device=device),
+        torch.empty(rows, runs, queries, dtype=torch.float32, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+    )
+
+
+def unfit(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, page: int) -> str | None:
+    """Why the fast kernels cannot be used for such pages; None if they can."""
+    if device.type != "cuda":
+        return f"pages are on {device.type}, not on a CUDA device"
+    if not _has_triton():
+        return "Triton is not installed"
+    major, minor = _capability(device.index)
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}, below 8.0"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"pages hold {dtype}"
+    if max(key_dim, value_dim) > _LARGEST_DIM:
+        return f"head dim {max(key_dim, value_dim)} is above {_LARGEST_DIM}"
+    if page < 16 or page & (page - 1):
+        return f"pages of {page} entries: a power of two from 16 on is needed"
+    return None
+
+
+def paged_attend(q: Tensor, paged: Paged, *, scale: float, plan: ReadPlan | None = None) -> AttentionOutput:
+    """Attention of a few queries over every entry of their rows, all of it past.
+
+    Args:
+        q: ``[B, HG, Q, Dk]`` in the dtype of the pages.
+        paged: ``rows = B * H``.
+        scale: factor on the logits.
+        plan: from :func:`plan_read`, for the width of this table or more; made here if None.
+
+    Returns:
+        ``out [B, HG, Q, Dv]`` and ``lse [B, HG, Q]`` float32; a row without entries gives 0 and ``-inf``.
+    """
+    if unfit(q.device, paged.keys.dtype, q.shape[-1], paged.values.shape[-1], paged.page):
+        return naive.paged_attend(q, paged, scale=scale)
+    return AttentionOutput(*_triton("read").read(q, paged, scale, plan))
+
+
+def paged_append(k: Tensor, v: Tensor, positions: Tensor, paged: Paged) -> None:
+    """Write one entry behind those of every row and count it, on the device alone.
+
+    Args:
+        k, v: ``[B, H, 1, Dk]``, ``[B, H, 1, Dv]``.
+        positions: ``[B]`` integers.
+        paged: every row's table must have room; ``lengths`` grows by one.
+    """
+    if unfit(k.device, paged.keys.dtype, k.shape[-1], v.shape[-1], paged.page):
+        naive.paged_append(k, v, positions, paged)
+    else:
+        _triton("append").append(k, v, positions, paged)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _triton(name: str) -> Any:
+    return import_module(f"kvthrift.kernels.triton.{name}")

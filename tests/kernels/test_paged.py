@@ -1,0 +1,185 @@
+"""Reading and appending in pages: the naive twins against attention over plain tensors, Triton against the twins.
+
+Without a GPU, Triton's kernels run in its interpreter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvthrift.kernels import Paged, naive, paged_append, paged_attend, plan_read, unfit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAN = float("nan")
+
+
+def pages_of(
+    lengths: list[int],
+    *,
+    dim: int = 16,
+    value_dim: int | None = None,
+    page: int = 16,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    room: int = 0,
+) -> Paged:
+    """Scattered pages for rows of such lengths; pages that belong to no row are NaN."""
+    width = max(-(-(max(lengths) + room) // page), 1)
+    rows = len(lengths)
+    table = torch.randperm(rows * width + 3)[: rows * width].view(rows, width)
+    owned = torch.zeros(rows * width + 3, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        owned[table[row, : -(-(length + room) // page)]] = True
+
+    def plane(*shape: int) -> Tensor:
+        full = torch.randn(rows * width + 3, page, *shape)
+        return torch.where(owned.view(-1, *[1] * (full.ndim - 1)), full, torch.full_like(full, NAN))
+
+    return Paged(
+        keys=plane(dim).to(DEVICE, dtype),
+        values=plane(value_dim or dim).to(DEVICE, dtype),
+        positions=torch.zeros(rows * width + 3, page, dtype=torch.int32, device=DEVICE),
+        table=table.to(DEVICE, torch.int32),
+        lengths=torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        bias=plane().to(DEVICE) if bias else None,
+    )
+
+
+def row_by_row(q: Tensor, paged: Paged, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of each row by itself, over exactly its entries, in float64."""
+    b, heads, length, dim = q.shape
+    rows, page = paged.table.shape[0], paged.page
+    queries = q.reshape(rows, -1, dim).double()
+    outs, lses = [], []
+    for row in range(rows):
+        places = [(int(paged.table[row, i // page]), i % page) for i in range(int(paged.lengths[row]))]
+        if not places:
+            outs.append(torch.zeros(queries.shape[1], paged.values.shape[-1], dtype=torch.float64, device=q.device))
+            lses.append(torch.full((queries.shape[1],), -torch.inf, dtype=torch.float64, device=q.device))
+            continue
+        pages, within = (torch.tensor(x, device=q.device) for x in zip(*places, strict=True))
+        logits = queries[row] @ paged.keys[pages, within].double().T * scale
+        if paged.bias is not None:
+            logits = logits + paged.bias[pages, within].double()
+        outs.append(logits.softmax(-1) @ paged.values[pages, within].double())
+        lses.append(logits.logsumexp(-1))
+    return torch.stack(outs).view(b, heads, length, -1), torch.stack(lses).view(b, heads, length)
+
+
+def triton_read(q: Tensor, paged: Paged, scale: float, run: int = 0) -> tuple[Tensor, Tensor]:
+    pytest.importorskip("triton")
+    from kvthrift.kernels.triton.read import read
+
+    rows, width = paged.table.shape
+    plan = plan_read(rows, width, q.numel() // q.shape[-1] // rows, paged.values.shape[-1], q.device, run=run)
+    first = read(q, paged, scale, plan)
+    again = read(q, paged, scale, plan)  # the scratch is fit to be used again
+    assert not plan.arrived.any()
+    torch.testing.assert_close(first, again, equal_nan=True)
+    return first
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("lengths", "heads", "queries"), [([5, 33, 1, 16], 2, 1), ([0, 48], 2, 3), ([70], 1, 1)])
+def test_the_naive_twin_reads_each_row_by_itself(lengths: list[int], heads: int, queries: int, bias: bool) -> None:
+    paged = pages_of(lengths, bias=bias)
+    paged = replace(paged, keys=paged.keys.nan_to_num(), values=paged.values.nan_to_num())
+    q = torch.randn(len(lengths) // heads, 2 * heads, queries, 16, device=DEVICE)
+    out, lse = row_by_row(q, paged, 0.3)
+    found = naive.paged_attend(q, paged, scale=0.3)
+    torch.testing.assert_close(found.out.double(), out, atol=1e-5, rtol=1e-5)
+    assert found.lse is not None
+    torch.testing.assert_close(found.lse.double(), lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("run", [1, 2, 16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "group", "queries", "dim", "value_dim"),
+    [
+        ([5, 33, 1, 16], 3, 1, 64, 64),
+        ([0, 48], 1, 1, 80, 80),
+        ([200, 1], 4, 2, 96, 32),
+        ([17, 64, 65, 3], 16, 1, 16, 16),
+        ([40, 90], 1, 16, 256, 256),
+    ],
+)
+def test_triton_reads_what_the_rows_hold(
+    lengths: list[int], group: int, queries: int, dim: int, value_dim: int, bias: bool, run: int
+) -> None:
+    paged = pages_of(lengths, dim=dim, value_dim=value_dim, bias=bias)
+    q = torch.randn(1, len(lengths) * group, queries, dim, device=DEVICE)
+    out, lse = row_by_row(q, paged, dim**-0.5)
+    found, found_lse = triton_read(q, paged, dim**-0.5, run)
+    torch.testing.assert_close(found.double(), out, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(found_lse.double(), lse, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_reads_half_precision(dtype: torch.dtype) -> None:
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter computes in numpy, which has no bfloat16 products")
+    paged = pages_of([130, 7], dim=64, page=64, dtype=dtype)
+    q = torch.randn(1, 8, 1, 64, device=DEVICE).to(dtype)
+    out, lse = row_by_row(q, paged, 0.125)
+    found, found_lse = triton_read(q, paged, 0.125, 1)
+    torch.testing.assert_close(found.double(), out, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(found_lse.double(), lse, atol=1e-2, rtol=1e-2)
+
+
+def test_strided_queries_are_read_as_they_stand() -> None:
+    paged = pages_of([20, 31])
+    q = torch.randn(1, 1, 4, 16, device=DEVICE).transpose(1, 2)
+    found, _ = triton_read(q, paged, 0.25)
+    torch.testing.assert_close(found.double(), row_by_row(q, paged, 0.25)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["naive", "triton"])
+def test_append_writes_one_entry_a_row_and_nothing_else(kernel: str) -> None:
+    lengths = [0, 15, 16, 33, 47, 2]  # 2 sequences of 3 heads, at the begin, end and middle of pages
+    paged = pages_of(lengths, dim=24, value_dim=40, room=1)
+    before = replace(paged, keys=paged.keys.clone(), values=paged.values.clone(), positions=paged.positions.clone())
+    k = torch.randn(2, 1, 3, 24, device=DEVICE).transpose(1, 2)
+    v = torch.randn(2, 3, 1, 40, device=DEVICE)
+    positions = torch.tensor([100, 7], device=DEVICE)
+    if kernel == "triton":
+        pytest.importorskip("triton")
+        from kvthrift.kernels.triton.append import append
+
+        append(k, v, positions, paged)
+    else:
+        naive.paged_append(k, v, positions, paged)
+    assert paged.lengths.tolist() == [n + 1 for n in lengths]
+    for row, n in enumerate(lengths):
+        page, place = int(paged.table[row, n // 16]), n % 16
+        torch.testing.assert_close(paged.keys[page, place], k[row // 3, row % 3, 0])
+        torch.testing.assert_close(paged.values[page, place], v[row // 3, row % 3, 0])
+        assert paged.positions[page, place] == positions[row // 3]
+        for old, new in ((before.keys, paged.keys), (before.values, paged.values), (before.positions, paged.positions)):
+            new[page, place] = old[page, place]
+    torch.testing.assert_close(paged.keys, before.keys, equal_nan=True)
+    torch.testing.assert_close(paged.values, before.values, equal_nan=True)
+    assert torch.equal(paged.positions, before.positions)
+
+
+def test_dispatch_says_why_the_fast_kernels_do_not_fit() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert "cpu" in str(unfit(cpu, torch.bfloat16, 64, 64, 64))
+    if torch.cuda.is_available():
+        assert unfit(cuda, torch.bfloat16, 64, 64, 64) is None
+        assert "512" in str(unfit(cuda, torch.bfloat16, 512, 512, 64))
+        assert "48" in str(unfit(cuda, torch.bfloat16, 64, 64, 48))
+        assert "float64" in str(unfit(cuda, torch.float64, 64, 64, 64))
+
+
+def test_dispatch_answers_alike_wherever_it_goes() -> None:
+    paged = pages_of([20, 31], room=1)
+    k, v = torch.randn(2, 1, 1, 16, device=DEVICE), torch.randn(2, 1, 1, 16, device=DEVICE)
+    paged_append(k, v, torch.tensor([3, 4], device=DEVICE), paged)
+    q = torch.randn(2, 4, 1, 16, device=DEVICE)
+    found = paged_attend(q, replace(paged, keys=paged.keys.nan_to_num(), values=paged.values.nan_to_num()), scale=0.25)
+    torch.testing.assert_close(found.out.double(), row_by_row(q, paged, 0.25)[0], atol=1e-5, rtol=1e-5)
