@@ -9,6 +9,7 @@ need for the weights and the entries a step reads. Logits of every way are compa
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,17 @@ def bandwidth() -> float:
 
 
 @torch.inference_mode()
-def measure(model: Any, name: str, peak: float, repeats: int, *, compiled: bool) -> str:
+def rounding(model: Any) -> float:
+    """How far bf16 by itself moves these logits: the largest difference to float32, as a share of the largest."""
+    ids = torch.randint(10, 1000, (1, 8), device="cuda")
+    found = model(ids).logits.float()
+    wanted = copy.deepcopy(model).float()(ids).logits
+    torch.cuda.empty_cache()
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@torch.inference_mode()
+def measure(model: Any, name: str, peak: float, repeats: int, noise: float, *, compiled: bool) -> str:
     """A row of the table."""
     batch, kept, seen = CASES[name]
     token = torch.full((batch, 1), 7, device="cuda")
@@ -120,7 +131,8 @@ def measure(model: Any, name: str, peak: float, repeats: int, *, compiled: bool)
             steps = GraphSteps(model, cache, repeats + 8, compiled=fused)
             found = steps.step(token[:, 0]).float()
             error = (found - wanted).abs().max() / wanted.abs().max()
-            assert error < 0.05, f"{name}, fused {fused}: logits differ by {error:.1%}"
+            print(f"{name}, ragged {ragged}, fused {fused}: logits differ by {error:.2%}", flush=True)
+            assert error < 2 * noise, f"{name}, fused {fused}: logits differ by {error:.1%}, bf16 by {noise:.1%}"
             took = milliseconds(lambda steps=steps: steps.step(token[:, 0]), repeats)
             cells.append(f"{took:.2f} ({floor / took:.0%})")
             steps.steps.taken = 0
@@ -159,18 +171,19 @@ def main(
     torch.manual_seed(0)
     peak = bandwidth()
     model = shape_of_8b(layers)
+    noise = rounding(model)
     lines = [
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}, triton {triton.__version__}, transformers "
         f"{transformers.__version__}, kvthrift {kvthrift.__version__}, Python {platform.python_version()}; {layers} "
         f"layers. A copy moves {peak / 1e12:.2f} TB/s. Milliseconds a step, median of {repeats}; in brackets the share "
-        "of the floor's speed.",
+        f"of the floor's speed. Largest difference of bf16 logits to float32 ones: {noise:.1%}.",
         "",
         "| held | floor | eager | graph | graph, fused | GiB | ragged: graph | graph, fused | GiB | transformers, "
         "as many | transformers, all |",
         "|---|" + "---:|" * 10,
     ]
     for name in cases.split(","):
-        lines.append(measure(model, name, peak, repeats, compiled=compiled))
+        lines.append(measure(model, name, peak, repeats, noise, compiled=compiled))
         print(lines[-1], flush=True)
     text = "\n".join(lines)
     print(text)

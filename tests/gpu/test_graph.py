@@ -102,6 +102,7 @@ def test_left_padding_and_bf16() -> None:
     torch.testing.assert_close(found, torch.stack(wanted, dim=1), atol=0.1, rtol=0.1)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_fused_parts() -> None:
     model = on_gpu("llama", torch.bfloat16)
     cache = kvthrift.prefill(model, prompt(2), "adakv", budget=50)

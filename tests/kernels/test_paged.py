@@ -5,7 +5,11 @@ Without a GPU, Triton's kernels run in its interpreter.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,12 +74,13 @@ def row_by_row(q: Tensor, paged: Paged, scale: float) -> tuple[Tensor, Tensor]:
     return torch.stack(outs).view(b, heads, length, -1), torch.stack(lses).view(b, heads, length)
 
 
-def triton_read(q: Tensor, paged: Paged, scale: float, run: int = 0) -> tuple[Tensor, Tensor]:
+def triton_read(q: Tensor, paged: Paged, scale: float, programs: int = 0, even: bool = False) -> tuple[Tensor, Tensor]:
     pytest.importorskip("triton")
     from kvthrift.kernels.triton.read import read
 
     rows, width = paged.table.shape
-    plan = plan_read(rows, width, q.numel() // q.shape[-1] // rows, paged.values.shape[-1], q.device, run=run)
+    queries = q.numel() // q.shape[-1] // rows
+    plan = plan_read(rows, rows * width, queries, paged.values.shape[-1], q.device, programs=programs, even=even)
     first = read(q, paged, scale, plan)
     again = read(q, paged, scale, plan)  # the scratch is fit to be used again
     assert not plan.arrived.any()
@@ -96,7 +101,7 @@ def test_the_naive_twin_reads_each_row_by_itself(lengths: list[int], heads: int,
     torch.testing.assert_close(found.lse.double(), lse, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("run", [1, 2, 16])
+@pytest.mark.parametrize("programs", [0, 1, 3, 7, 40])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("lengths", "group", "queries", "dim", "value_dim"),
@@ -106,15 +111,28 @@ def test_the_naive_twin_reads_each_row_by_itself(lengths: list[int], heads: int,
         ([200, 1], 4, 2, 96, 32),
         ([17, 64, 65, 3], 16, 1, 16, 16),
         ([40, 90], 1, 16, 256, 256),
+        ([0, 0, 0], 2, 1, 32, 32),
+        ([1] * 20 + [150, 0] + [2] * 9, 1, 1, 16, 16),
     ],
 )
 def test_triton_reads_what_the_rows_hold(
-    lengths: list[int], group: int, queries: int, dim: int, value_dim: int, bias: bool, run: int
+    lengths: list[int], group: int, queries: int, dim: int, value_dim: int, bias: bool, programs: int
 ) -> None:
     paged = pages_of(lengths, dim=dim, value_dim=value_dim, bias=bias)
     q = torch.randn(1, len(lengths) * group, queries, dim, device=DEVICE)
     out, lse = row_by_row(q, paged, dim**-0.5)
-    found, found_lse = triton_read(q, paged, dim**-0.5, run)
+    found, found_lse = triton_read(q, paged, dim**-0.5, programs)
+    torch.testing.assert_close(found.double(), out, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(found_lse.double(), lse, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("programs", [0, 1, 3, 7, 40])
+@pytest.mark.parametrize(("length", "rows"), [(0, 2), (1, 5), (16, 3), (50, 8), (130, 1)])
+def test_triton_reads_rows_of_one_length(length: int, rows: int, programs: int) -> None:
+    paged = pages_of([length] * rows)
+    q = torch.randn(1, rows * 2, 1, 16, device=DEVICE)
+    found, found_lse = triton_read(q, paged, 0.25, programs, even=True)
+    out, lse = row_by_row(q, paged, 0.25)
     torch.testing.assert_close(found.double(), out, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(found_lse.double(), lse, atol=2e-5, rtol=2e-5)
 
@@ -183,3 +201,11 @@ def test_dispatch_answers_alike_wherever_it_goes() -> None:
     q = torch.randn(2, 4, 1, 16, device=DEVICE)
     found = paged_attend(q, replace(paged, keys=paged.keys.nan_to_num(), values=paged.values.nan_to_num()), scale=0.25)
     torch.testing.assert_close(found.out.double(), row_by_row(q, paged, 0.25)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_triton.py")
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

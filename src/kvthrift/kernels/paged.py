@@ -20,6 +20,7 @@ from kvthrift.core import AttentionOutput
 from kvthrift.kernels import naive
 
 _LARGEST_DIM = 256
+_LONGEST_RUN = 32  # pages that one program reads where there are many
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,18 @@ class Paged:
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """How a read is cut up, and where its parts meet; made once and used step after step.
+    """How many programs share a read, and where their parts meet; made once and used step after step.
 
     Attributes:
-        run: pages a program reads.
-        runs: programs a row.
-        parts: ``[rows, runs, queries, Dv]`` float32 scratch.
-        lses: ``[rows, runs, queries]`` float32 scratch.
+        programs: equal runs that the pages of all rows are cut into.
+        even: every row is as long as the first, so that nothing need be summed up.
+        parts: ``[programs + rows, queries, Dv]`` float32 scratch.
+        lses: ``[programs + rows, queries]`` float32 scratch.
         arrived: ``[rows]`` int32, all zero between reads.
     """
 
-    run: int
-    runs: int
+    programs: int
+    even: bool
     parts: Tensor
     lses: Tensor
     arrived: Tensor
@@ -71,27 +72,39 @@ class ReadPlan:
         return sum(t.numel() * t.element_size() for t in (self.parts, self.lses, self.arrived))
 
 
-def plan_read(rows: int, width: int, queries: int, value_dim: int, device: torch.device, *, run: int = 0) -> ReadPlan:
-    """Cut rows of up to ``width`` pages so that the device is filled.
+def plan_read(
+    rows: int,
+    pages: int,
+    queries: int,
+    value_dim: int,
+    device: torch.device,
+    *,
+    even: bool = False,
+    programs: int = 0,
+) -> ReadPlan:
+    """Cut a read so that the device is filled, and yet no run is too short to be worth a part.
+
+    A plan is right for any lengths (an even one for equal lengths); it is fast for about as many pages as it was
+    made for.
 
     Args:
         rows: heads of all sequences.
-        width: pages of the longest row that will be read with this plan.
+        pages: of all rows together.
         queries: query vectors a row (group times query length).
         value_dim: Dv.
         device: where the scratch lives.
-        run: pages a program, or 0: chosen from the device's multiprocessors.
+        even: all rows are, and will be, equally long.
+        programs: or 0, chosen from the device's multiprocessors.
     """
-    if not run:
-        fill = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-        run = min(16, -(-rows * width // fill))
-    run = max(1, min(run, max(width, 1)))
-    runs = max(-(-width // run), 1)
+    if not programs:
+        full = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+        programs = -(-pages // max(1, min(_LONGEST_RUN, -(-pages // full))))
+    programs = max(programs, 1)
     return ReadPlan(
-        run,
-        runs,
-        torch.empty(rows, runs, queries, value_dim, dtype=torch.float32, device=device),
-        torch.empty(rows, runs, queries, dtype=torch.float32, device=device),
+        programs,
+        even,
+        torch.empty(programs + rows, queries, value_dim, dtype=torch.float32, device=device),
+        torch.empty(programs + rows, queries, dtype=torch.float32, device=device),
         torch.zeros(rows, dtype=torch.int32, device=device),
     )
 
@@ -121,7 +134,7 @@ def paged_attend(q: Tensor, paged: Paged, *, scale: float, plan: ReadPlan | None
         q: ``[B, HG, Q, Dk]`` in the dtype of the pages.
         paged: ``rows = B * H``.
         scale: factor on the logits.
-        plan: from :func:`plan_read`, for the width of this table or more; made here if None.
+        plan: from :func:`plan_read` for as many rows and queries; made here if None.
 
     Returns:
         ``out [B, HG, Q, Dv]`` and ``lse [B, HG, Q]`` float32; a row without entries gives 0 and ``-inf``.

@@ -79,10 +79,11 @@ class FixedSteps:
         if store is None or q.shape[2] != 1:
             raise CacheStateError("a step of fixed room is one token for every sequence.")
         paged = store.paged()
-        rows, width = paged.table.shape
-        queries, value_dim = q.shape[0] * q.shape[1] // rows, v.shape[-1]
-        key = (rows, width, queries, value_dim)
-        if key not in self._plans:
-            self._plans[key] = plan_read(*key, q.device)
+        rows = len(paged.lengths)
+        pages = int((-(-(store.lengths + self.room) // store.page)).sum())
+        key = (rows, pages, q.shape[0] * q.shape[1] // rows, v.shape[-1])
+        even = store.uniform  # and stays so: every row grows by one a step
+        if (*key, even) not in self._plans:
+            self._plans[*key, even] = plan_read(*key, q.device, even=even)
         paged_append(k, v, self.positions, paged)
-        return paged_attend(q, paged, scale=scale, plan=self._plans[key]).out
+        return paged_attend(q, paged, scale=scale, plan=self._plans[*key, even]).out
