@@ -17,7 +17,8 @@ Knows nothing of tensors, models or the command line; the command line turns any
     |- SaveFileError          a saved cache that is damaged or not ours
     |- CalibrationError       an offline artefact that is missing or damaged
     |- DataError              evaluation data that is missing or malformed
-    `- RunError               a run folder that is damaged, foreign or empty
+    |- RunError               a run folder that is damaged, foreign or empty
+    `- MissingPackageError    an optional package that is not installed
 """
 
 from __future__ import annotations
@@ -94,3 +95,7 @@ class DataError(KvthriftError):
 
 class RunError(KvthriftError):
     """A run folder is damaged, belongs to another grid, or holds nothing."""
+
+
+class MissingPackageError(KvthriftError):
+    """A package that only some of what kvthrift does needs is not installed."""

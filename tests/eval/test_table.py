@@ -64,6 +64,31 @@ def run(found: Sequence[Row]) -> Run:
     return Run(Path("runs/x"), grid(methods=["snapkv"]), ARMS, (SESSION,), tuple(found))
 
 
+def test_every_start_that_made_rows_is_named() -> None:
+    other = {**SESSION, "commit": "89abcde", "device": "H100", "command": "kvthrift eval --workers 2"}
+    idle = {**SESSION, "commit": "fffffff"}
+    found = [*rows(SCORES)[:-1], {**rows(SCORES)[-1], "session": 2}]
+    made = replace(run(found), sessions=(SESSION, idle, other))
+    text = FORMATS["md"]([(made, tables(made))])
+    assert "(bfloat16) on H200, H100;" in text
+    assert "at commit 1234567 with" in text
+    assert "at commit 89abcde with" in text
+    assert "fffffff" not in text
+    assert "`kvthrift eval --workers 2`" in text
+    assert "1234567, 89abcde" in FORMATS["csv"]([(made, tables(made))])
+
+
+def test_rows_may_come_in_any_order() -> None:
+    found = [{**one, "place": [0, int(one["sample"])]} for one in rows(SCORES)]
+    assert tables(run(found)) == tables(run(found[::-1]))
+
+
+def test_no_seconds_beside_other_workers() -> None:
+    found = lines([{**one, "workers": 2} for one in rows(SCORES)])
+    assert found["full"].cells[ALL].cost["timed"] == 0
+    assert found["full"].cells[ALL].cost["step_seconds"] is None
+
+
 def lines(found: Sequence[Row]) -> dict[str, Line]:
     (table,) = tables(run(found))
     return {line.arm.name: line for line in table.lines}

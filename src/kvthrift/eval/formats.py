@@ -1,4 +1,4 @@
-"""How a run's tables are written: Markdown for people, CSV and JSON for machines.
+"""How a run's tables are written: Markdown and HTML for people, CSV and JSON for machines.
 
 A format is a function from runs with their tables to text. Adding one touches the list below.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from kvthrift.eval.folder import Run
 from kvthrift.eval.markdown import markdown
 from kvthrift.eval.metrics.interval import Interval
+from kvthrift.eval.report import html
 from kvthrift.eval.table import Cell, Line, Table
 
 Reported = Sequence[tuple[Run, tuple[Table, ...]]]
@@ -69,11 +70,10 @@ def as_csv(runs: Reported) -> str:
 
 
 def _names(run: Run, table: Table, line: Line) -> dict[str, Any]:
-    last = run.sessions[-1]
     return {
         "run": run.path.name,
         "model": run.grid.model or "smollm2",
-        "commit": last["commit"],
+        "commit": ", ".join(dict.fromkeys(session["commit"] for session in run.makers)),
         "question": table.question,
         "arm": line.arm.name,
         "budget": line.arm.budget,
@@ -101,4 +101,4 @@ def _bounds(name: str, found: Interval) -> dict[str, float | None]:
     return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
-FORMATS: dict[str, Format] = {"md": markdown, "csv": as_csv, "json": as_json}
+FORMATS: dict[str, Format] = {"md": markdown, "html": html, "csv": as_csv, "json": as_json}

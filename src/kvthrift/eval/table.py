@@ -86,8 +86,8 @@ def tables(run: Run) -> tuple[Table, ...]:
     """
     if not run.rows:
         raise RunError(f"{run.path} holds no rows, so there is nothing to report. Start its run first.")
-    newest = {key_of(row): row for row in run.rows}  # a row that was measured again counts last
-    found = [_table(run, question, list(newest.values())) for question in ("hidden", "visible")]
+    rows = newest(run)
+    found = [_table(run, question, rows) for question in ("hidden", "visible")]
     whole = tuple(table for table in found if table is not None)
     if not whole:
         raise RunError(
@@ -97,22 +97,39 @@ def tables(run: Run) -> tuple[Table, ...]:
     return whole
 
 
+def newest(run: Run) -> list[Row]:
+    """The row that counts of each sample and arm, in the order of the grid."""
+    found = {key_of(row): row for row in run.rows}  # a row that was measured again counts last
+    return sorted(found.values(), key=lambda row: row.get("place", []))  # workers finish in any order
+
+
+def compared(run: Run, question: str) -> Scored:
+    """The rows behind the table of a question, for what looks at single samples."""
+    return _scored(run, [row for row in newest(run) if row["question"] == question])[0]
+
+
 def _table(run: Run, question: str, rows: Sequence[Row]) -> Table | None:
     asked = [row for row in rows if row["question"] == question]
+    scored, waiting = _scored(run, asked)
+    if not scored:
+        return None
+    notes = dict.fromkeys(row["note"] for row in asked if row.get("note"))
+    counts = {task: len(lines[0]) for task, lines in scored.items()}
+    return Table(question, counts, waiting, _lines(run.arms, scored), tuple(notes))
+
+
+def _scored(run: Run, rows: Sequence[Row]) -> tuple[Scored, dict[str, int]]:
+    """What is compared of the rows of one question, and how many samples wait, by task."""
     scored, waiting = Scored(), dict[str, int]()
-    for task in dict.fromkeys(row["task"] for row in asked):
-        mine = [row for row in asked if row["task"] == task]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task]
         samples = _by_sample(mine)
         whole = [found for found in samples.values() if len(found) == len(run.arms)]
         waiting[task] = len(samples) - len(whole)
         if whole:
             _check_pairs(run, whole)
             scored[task] = [[found[arm.name] for found in whole] for arm in run.arms]
-    if not scored:
-        return None
-    notes = dict.fromkeys(row["note"] for row in asked if row.get("note"))
-    counts = {task: len(lines[0]) for task, lines in scored.items()}
-    return Table(question, counts, waiting, _lines(run.arms, scored), tuple(notes))
+    return scored, waiting
 
 
 def _by_sample(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
