@@ -89,6 +89,25 @@ def test_what_is_printed(evaluate: Run, kvthrift: Run, tmp_path: Path) -> None:
     assert len(read_run(tmp_path / "run").rows) == 14
 
 
+def test_workers_make_the_same_tables(evaluate: Run, kvthrift: Run, tmp_path: Path, finished: Path) -> None:
+    result = evaluate(*GRID, "--workers", "2")
+    assert result.exit_code == 0, result.stderr
+    ours, theirs = read_run(tmp_path / "run"), read_run(finished)
+    assert ours.grid == theirs.grid
+    assert [row.get("workers") for row in ours.rows] == [None] * 7 + [2] * 7  # the timed sample comes first
+    passing = {"seconds": 0, "workers": 0}
+    for one, other in zip(ours.rows, theirs.rows, strict=True):
+        assert {**one, **passing} == {**other, **passing}
+
+
+def test_less_can_be_measured(evaluate: Run, tmp_path: Path) -> None:
+    less = ("--no-agreement", "--no-physics", "--max-new-tokens", "3", "--samples", "1")
+    result = evaluate(*GRID, *less)
+    assert result.exit_code == 0, result.stderr
+    rows = read_run(tmp_path / "run").rows
+    assert {(row["agreement"], row["physics"], *row["new_tokens"]) for row in rows} == {(None, None, 3)}
+
+
 def test_reports(kvthrift: Run, finished: Path, tmp_path: Path) -> None:
     assert kvthrift("report", finished).stdout.startswith("# run\n")
     assert kvthrift("report", finished, finished, "--format", "csv").stdout.count("\n") == 1 + 2 * 7 * 2
@@ -117,7 +136,8 @@ def test_reports(kvthrift: Run, finished: Path, tmp_path: Path) -> None:
         (("-o", "snapkv.windows=3"), "Did you mean 'window'"),
         (("--task-option", "hay=3"), "unknown task option 'hay'"),
         (("--question", "visible"), "contradict each other"),
-        (("--format", "pdf"), "Valid: md, csv, json"),
+        (("--workers", "2", "--separate-prefill"), "seconds mean nothing while other workers run"),
+        (("--format", "pdf"), "Valid: md, html, csv, json"),
         (("--config", "none.toml"), "none.toml cannot be read"),
         (("--model", "none/such/model"), "no folder"),
     ],

@@ -13,7 +13,7 @@ import typer
 import kvthrift
 from kvthrift.cli.guard import guarded
 
-VERBS = ("run", "methods", "calibrate", "eval", "report")
+VERBS = ("run", "inspect", "methods", "calibrate", "eval", "report")
 
 app = typer.Typer(
     name="kvthrift",

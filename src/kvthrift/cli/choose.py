@@ -54,6 +54,26 @@ def choose_recipe(
     return _from_method(name or DEFAULT_METHOD, key_values(options), common)
 
 
+def choose_recipes(*, names: str, **shared: Any) -> tuple[Recipe, ...]:
+    """The recipes of several methods, ``names`` with commas between them, under the same flags.
+
+    Args:
+        shared: as for :func:`choose_recipe`.
+
+    Raises:
+        RecipeError: no method is named, one method or recipe is asked for besides, or a flag cannot be honoured.
+        BudgetError: the budget cannot be read.
+    """
+    given = {"--method": shared["name"], "--recipe": shared["file"], "--option": shared["options"]}
+    clash = [flag for flag, value in given.items() if value]
+    if clash:
+        raise OptionError(f"--methods names several methods, and {clash[0]} belongs to one. Leave out one of them.")
+    wanted = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
+    if not wanted:
+        raise OptionError("--methods names none, so there is nothing to show. Write it as --methods snapkv,adakv.")
+    return tuple(choose_recipe(**{**shared, "name": name}) for name in wanted)
+
+
 def _from_method(name: str, options: dict[str, str], common: dict[str, Any]) -> Recipe:
     twice = sorted(set(options) & set(common))
     if twice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +23,10 @@ from kvthrift.eval.formats import FORMATS
 from kvthrift.eval.metrics.answers import SCORERS
 from kvthrift.eval.prompt import NO_TEMPLATE
 from kvthrift.eval.provenance import session
+from kvthrift.eval.record import Score
 from kvthrift.eval.runner import Runner
 from kvthrift.eval.table import tables
+from kvthrift.eval.workers import Crew, load_bench
 from kvthrift.integrations.transformers.loading import load_model
 
 RUN = "Run"
@@ -91,11 +94,39 @@ Alone = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+Snapshots = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="On so many samples a task, keep what each cache held after compression. [dim]\\[1][/dim]",
+        rich_help_panel=RUN,
+    ),
+]
 Separate = Annotated[
     bool, typer.Option("--separate-prefill", help="Each arm reads every sample by itself.", rich_help_panel=RUN)
 ]
 Retry = Annotated[
     bool, typer.Option("--retry-failed", help="Measure again what failed in an earlier start.", rich_help_panel=RUN)
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Cut answers there, where a task allows more.", rich_help_panel=WHAT)
+]
+NoAgreement = Annotated[
+    bool,
+    typer.Option(
+        "--no-agreement", help="Do not follow the full cache's answers: about twice as fast.", rich_help_panel=RUN
+    ),
+]
+NoPhysics = Annotated[
+    bool, typer.Option("--no-physics", help="Do not look up what eviction did to the tokens.", rich_help_panel=RUN)
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Processes that measure at once, each with its own copy of the model. Timed samples come first, alone.",
+        rich_help_panel=RUN,
+    ),
 ]
 Shown = Annotated[str, typer.Option("--format", help=f"Of the tables: {', '.join(FORMATS)}.", rich_help_panel=o.OUTPUT)]
 
@@ -120,8 +151,13 @@ def eval(
     seed: Seed = None,
     data: Data = None,
     alone: Alone = None,
+    snapshots: Snapshots = None,
     separate_prefill: Separate = False,
     retry_failed: Retry = False,
+    max_new_tokens: MaxNewTokens = None,
+    no_agreement: NoAgreement = False,
+    no_physics: NoPhysics = False,
+    workers: Workers = 1,
     format: Shown = "md",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the tables.")] = False,
     debug: o.Debug = False,
@@ -135,9 +171,12 @@ def eval(
         "model": model, "dtype": dtype, "device": device, "page": page, "methods": methods, "recipes": recipes,
         "budgets": budgets, "tasks": tasks, "length": length, "samples": samples, "seed": seed, "data": data,
         "question": one_question(question, hide_question), "alone": -1 if separate_prefill else alone,
+        "max_new_tokens": max_new_tokens, "snapshots": snapshots,
+        "agreement": False if no_agreement else None, "physics": False if no_physics else None,
     }  # fmt: skip
     show = format_of(format)
     grid = grid_of(config, flags, option or [], task_option or [])
+    check_workers(workers, grid)
     arms = arms_of(grid)
     chosen = registry.find(grid.tasks, **grid.task_options)
     check_folder(out, grid, arms)
@@ -148,7 +187,9 @@ def eval(
     if not tokenizer.chat_template:
         console.print(f"note: {NO_TEMPLATE}.")
     with GridBar(console) as bar:
-        runner = Runner(Bench(llm, tokenizer, grid.page), grid, arms, chosen, SCORERS, bar.tell, retry_failed)
+        crew = crew_of(workers, grid)
+        bench = Bench(llm, tokenizer, grid.page, grid.agreement, grid.physics)
+        runner = Runner(bench, grid, arms, chosen, SCORERS, bar.tell, retry_failed, crew)
         runner.check()
         with RunFolder.open(out, grid, arms, session(llm)) as folder:
             _run(runner, folder, console)
@@ -179,6 +220,28 @@ def grid_of(config: Path | None, flags: dict[str, Any], options: Sequence[str], 
     if task_options:
         values["task_options"] = {**values.get("task_options", {}), **dict(_pair(text) for text in task_options)}
     return Grid.build(values)
+
+
+def check_workers(count: int, grid: Grid) -> None:
+    """Refuse workers where they could do nothing.
+
+    Raises:
+        OptionError: every sample is to be timed.
+    """
+    if count > 1 and grid.alone < 0:
+        raise OptionError(
+            f"--workers {count} and --separate-prefill (alone = -1) contradict each other: every sample would be "
+            "timed, and seconds mean nothing while other workers run. Leave one of them out."
+        )
+
+
+def crew_of(count: int, grid: Grid) -> Crew | None:
+    """Workers that load what this process has loaded; None for one, which is this process."""
+    return None if count == 1 else Crew(count, partial(_ready, grid))
+
+
+def _ready(grid: Grid, number: int) -> tuple[Bench, dict[str, Score]]:
+    return load_bench(grid, number), SCORERS
 
 
 def one_question(question: str | None, hidden: bool) -> str | None:

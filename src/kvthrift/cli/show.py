@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -17,13 +18,14 @@ from kvthrift.runtime.report import show_bytes
 
 def show_comparison(console: Console, setting: Setting, recipe: Recipe, found: Comparison) -> None:
     """Print what was asked of what, both answers side by side, and the measurements."""
-    console.print(_setting(setting, recipe))
+    console.print(setting_table(setting, [recipe]))
     console.print(_answers(found, recipe))
     console.print(_measures(found, recipe))
     console.print(_agreement(found.agreement))
 
 
-def _setting(setting: Setting, recipe: Recipe) -> Table:
+def setting_table(setting: Setting, recipes: Sequence[Recipe]) -> Table:
+    """What was asked of what, under which recipes, and where."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -32,7 +34,7 @@ def _setting(setting: Setting, recipe: Recipe) -> Table:
     rows = {
         "question": setting.question,
         "prompt": f"{setting.prompt_tokens:,} tokens{pieces}, {seen}",
-        "recipe": str(recipe),
+        "recipe": "\n".join(map(str, recipes)),
         "model": f"{setting.model}, {setting.dtype}",
         "machine": setting.device,
         "versions": ", ".join(f"{name} {version}" for name, version in setting.versions.items()),
@@ -44,28 +46,29 @@ def _setting(setting: Setting, recipe: Recipe) -> Table:
 
 def _answers(found: Comparison, recipe: Recipe) -> Table:
     """Both answers in columns of the same width; what follows the first difference is set off in colour."""
-    full, short = _printable(found.full.answer), _printable(found.compressed.answer)
-    same = _shared(full, short)
+    full, short = printable(found.full.answer), printable(found.compressed.answer)
+    same = same_start(full, short)
     table = Table(box=box.ROUNDED, expand=True, padding=(0, 1))
     for name in ("full cache", f"{recipe.name}, budget {recipe.budget or 'everything'}"):
         table.add_column(Text(name), ratio=1, overflow="fold")
-    table.add_row(*(_answer(text, same) for text in (full, short)))
+    table.add_row(*(answer_text(text, same) for text in (full, short)))
     return table
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text without what would move a terminal's cursor, and without line breaks inside a sentence."""
     shown = "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return re.sub(r"(?<=\S)\n(?=[a-z])", " ", shown)
 
 
-def _shared(a: str, b: str) -> int:
+def same_start(a: str, b: str) -> int:
     """Leading characters in common."""
     different = (at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(different, min(len(a), len(b)))
 
 
-def _answer(text: str, same: int) -> Text:
+def answer_text(text: str, same: int) -> Text:
+    """An answer; what follows its first ``same`` characters is set off in colour."""
     return Text.assemble(text[:same], (text[same:], "yellow")) if text else Text("(nothing)", style="dim")
 
 

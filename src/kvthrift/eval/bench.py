@@ -42,11 +42,13 @@ class PlainTokenizer:
 
 @dataclass(frozen=True)
 class Bench:
-    """A model, its tokenizer, and the size of a page."""
+    """A model, its tokenizer, the size of a page, and what is measured beside scores and cost (see :class:`Grid`)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     page: int
+    agreement: bool = True
+    physics: bool = True
 
     @property
     def ends(self) -> frozenset[int]:

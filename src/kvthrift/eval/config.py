@@ -37,6 +37,10 @@ class Grid:
         page: entries a page of the store.
         alone: on so many samples of each task every arm reads the prompt by itself, so that seconds and peak are its
             own; on the others one reading serves all. -1 for all samples.
+        snapshots: on so many samples of each task it is kept what each cache held right after compression.
+        max_new_tokens: answers are cut there where a task allows more; 0 for the tasks' own limits.
+        agreement: whether every arm also follows the full cache's answer, token by token; without it each only answers.
+        physics: whether it is looked up which tokens each cache lost, and where its heads look.
         options: options of methods, by method; those of methods that are not run have no effect.
         task_options: set on every task that has an option of that name.
     """
@@ -55,6 +59,10 @@ class Grid:
     device: str = "auto"
     page: int = 64
     alone: int = 1
+    snapshots: int = 1
+    max_new_tokens: int = 0
+    agreement: bool = True
+    physics: bool = True
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     task_options: dict[str, Any] = field(default_factory=dict)
 
@@ -62,6 +70,8 @@ class Grid:
         require(bool(self.tasks), "tasks is empty, so there is nothing to run. Name at least one.")
         for name in ("length", "samples", "page"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+        require(self.max_new_tokens >= 0, f"max_new_tokens={self.max_new_tokens} must be 0 (the tasks' own) or more.")
+        require(self.snapshots >= 0, f"snapshots={self.snapshots} must be 0 (none) or more.")
         require(self.alone >= -1, f"alone={self.alone} must be -1 (all samples) or more.")
         crossed = set(self.methods) - {"full"} or self.recipes
         require(bool(self.budgets) or not crossed, "budgets is empty, so no method knows how much to keep. Name one.")

@@ -74,7 +74,8 @@ class Decoder:
 
     Attributes:
         logits: what each token so far was drawn from, ``[V]`` each, the first of them from the prompt.
-        keeps: whether all of them are kept, and where heads look; else only the last.
+        keeps: whether all of them are kept; else only the last.
+        watched: whether it is kept where heads look at the first step.
         seconds: of each step.
         looks: the position each head looks at most at the first step, ``[HG]`` a layer.
         quiet: steps before a fork began to share pages, which slows later ones; None if none did.
@@ -87,10 +88,11 @@ class Decoder:
     seconds: list[float] = field(default_factory=list)
     looks: list[Ints] = field(default_factory=list)
     quiet: int | None = None
+    watched: bool = True
 
     def step(self, token: int) -> None:
         """Feed a token; its successor's logits are the last of ``logits`` then."""
-        looking = self.keeps and not self.seconds
+        looking = self.keeps and self.watched and not self.seconds
         with watching(self.cache) if looking else nullcontext():
             began = perf_counter()
             found = feed(self.model, self.cache, [token])

@@ -1,6 +1,7 @@
 """The folder of one run: ``grid.toml`` says what is run and with what, ``rows.jsonl`` holds what came out.
 
-One run at a time writes to it. Knows nothing of how rows are made.
+What the caches of a few samples held is in ``snapshots.jsonl`` (:mod:`kvthrift.eval.snapshot`). One run at a time
+writes to it. Knows nothing of how rows are made.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from kvthrift.errors import RunError
 from kvthrift.eval.arm import Arm
 from kvthrift.eval.config import Grid
 from kvthrift.eval.provenance import Session
-from kvthrift.eval.rows import Row, RowFile, read_rows
+from kvthrift.eval.rows import Row, RowFile, read_rows, slim
+from kvthrift.eval.snapshot import SnapshotFile
 from kvthrift.recipe import Recipe
 
 FORMAT = 1
 GRID, ROWS, LOCK = "grid.toml", "rows.jsonl", ".lock"
+DEFAULTS = Grid(tasks=("any",)).plain()  # of keys that a grid of an earlier version lacks
+FREE = ("snapshots",)  # keys of a grid that change no row, so that a later start may change them
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,12 @@ class Run:
     sessions: tuple[Session, ...]
     rows: tuple[Row, ...]
 
+    @property
+    def makers(self) -> tuple[Session, ...]:
+        """The starts that made rows; all starts where there are none."""
+        numbers = sorted({row["session"] for row in self.rows})
+        return tuple(self.sessions[number] for number in numbers) or self.sessions
+
 
 def read_run(path: Path) -> Run:
     """A run's folder, which is left as it is; the run may be under way.
@@ -45,7 +55,12 @@ def read_run(path: Path) -> Run:
     """
     data = _read(path)
     arms = tuple(Arm(str(arm["name"]), Recipe.from_plain(arm["recipe"]), bool(arm["control"])) for arm in data["arms"])
-    return Run(path, Grid.build(data["grid"]), arms, tuple(data["sessions"]), tuple(read_rows(path / ROWS)))
+    return Run(path, Grid.build(data["grid"]), arms, tuple(data["sessions"]), tuple(read_rows(path / ROWS, _slim)))
+
+
+def _slim(row: Row) -> Row:
+    found: Row = slim({key: value for key, value in row.items() if key != "recipe"})  # which its arm has, too
+    return found
 
 
 class RunFolder:
@@ -54,11 +69,13 @@ class RunFolder:
     Attributes:
         rows: the rows so far, and where new ones go.
         session: number of this start among all of this run.
+        snapshots: where snapshots go; None if the grid asks for none.
     """
 
-    def __init__(self, lock: FileLock, rows: RowFile, session: int) -> None:
+    def __init__(self, lock: FileLock, rows: RowFile, session: int, snapshots: SnapshotFile | None) -> None:
         self._lock = lock
         self.rows = rows
+        self.snapshots = snapshots
         self.session = session
 
     @classmethod
@@ -74,7 +91,13 @@ class RunFolder:
             same, earlier = _identity(grid, arms), check_folder(path, grid, arms)
             _check_weights(path, earlier, session)
             _write(path / GRID, {**same, "sessions": [*earlier, session]})
-            return cls(lock, RowFile.open(path / ROWS), len(earlier))
+            snapshots = SnapshotFile.open(path) if grid.snapshots else None
+            try:
+                return cls(lock, RowFile.open(path / ROWS), len(earlier), snapshots)
+            except BaseException:
+                if snapshots is not None:
+                    snapshots.close()
+                raise
         except BaseException:
             lock.release()
             raise
@@ -84,6 +107,8 @@ class RunFolder:
 
     def __exit__(self, *error: object) -> None:
         self.rows.__exit__(*error)
+        if self.snapshots is not None:
+            self.snapshots.close()
         self._lock.release()
 
 
@@ -147,8 +172,8 @@ def _differences(wanted: dict[str, Any], found: dict[str, Any]) -> str:
     """What differs, in a few words; empty if nothing does."""
     if wanted["format"] != found["format"]:
         return f"format {found['format']} instead of {wanted['format']}"
-    new, old = wanted["grid"], found["grid"]
-    keys = [key for key in sorted(new.keys() | old.keys()) if new.get(key) != old.get(key)]
+    new, old = wanted["grid"], {**DEFAULTS, **found["grid"]}
+    keys = [key for key in sorted((new.keys() | old.keys()) - set(FREE)) if new.get(key) != old.get(key)]
     said = [f"{key} {old.get(key)!r} instead of {new.get(key)!r}" for key in keys]
     if not said and wanted["arms"] != found["arms"]:
         said = ["a recipe that was changed since"]

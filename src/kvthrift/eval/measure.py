@@ -23,7 +23,7 @@ from kvthrift.eval.metrics import physics
 from kvthrift.eval.metrics.agreement import Agreement, compare
 from kvthrift.eval.metrics.cost import Cost
 from kvthrift.eval.metrics.physics import Ints
-from kvthrift.eval.probe import held, positions, synchronize
+from kvthrift.eval.probe import Layout, held, layout, positions, synchronize
 from kvthrift.eval.prompt import Prompt, Reading
 from kvthrift.integrations.transformers.cache import Cache
 
@@ -50,13 +50,14 @@ Reference = dict[int, Said]
 @dataclass(frozen=True)
 class Part:
     """What one arm did on one reading: its cost, where entries went, and by turn answers, agreement with the full cache
-    and, where the answer was given, its mean log-likelihood a token in nats."""
+    and, where the answer was given, its mean log-likelihood a token in nats; the layout if that was asked for."""
 
     cost: Cost
     physics: dict[str, Any]
     answers: dict[int, Answer]
     agreement: dict[int, Agreement]
     likelihood: dict[int, float]
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Work:
         limits: new tokens allowed, by turn.
         given: answers that are not to be found but weighed, by turn.
         shared: the reading that arms share; None if each reads alone.
+        recorded: whether the layout of each cache is to be told.
     """
 
     bench: Bench
@@ -75,6 +77,7 @@ class Work:
     limits: Sequence[int]
     given: dict[int, tuple[int, ...]]
     shared: Read | None
+    recorded: bool = False
 
     def full(self, arm: Arm) -> tuple[Part, Reference]:
         """The full cache's part, and its answers as the reference of others.
@@ -90,7 +93,7 @@ class Work:
                 likeliest = found.tokens
             trial.answers[turn] = found
             said[turn] = Said(found, decoder.table(), likeliest)
-            again = all_at_once(decoder, found.tokens)
+            again = all_at_once(decoder, found.tokens) if self.bench.agreement else None
             if again is not None:
                 trial.agreement[turn] = compare(said[turn].logits, again, likeliest, cut=found.cut)
         return trial.part(), said
@@ -100,7 +103,7 @@ class Work:
         trial = Trial(self, arm)
         for turn, decoder in trial.asked():
             limit, ends = self.limits[turn], self.bench.ends
-            said = None if reference is None else reference[turn]
+            said = None if reference is None or not self.bench.agreement else reference[turn]
             if turn in self.given:
                 trial.answers[turn], _ = trial.weigh(turn, decoder)
             elif said is None:
@@ -125,7 +128,8 @@ class Trial:
         self.cache: Cache = source.cache if self.own else source.cache.compressed(arm.recipe)
         self.logits, self.prefill_seconds = source.logits, source.seconds
         self.report, self.held = self.cache.report(), held(self.cache)
-        self.places = survival(self.cache, work.prompt, len(work.reading.ids))
+        self.places = survival(self.cache, work.prompt, len(work.reading.ids)) if bench.physics else {}
+        self.layout = layout(self.cache, len(work.reading.ids)) if work.recorded else None
         self.answers: dict[int, Answer] = {}
         self.agreement: dict[int, Agreement] = {}
         self.likelihood: dict[int, float] = {}
@@ -141,7 +145,7 @@ class Trial:
             logits = feed(self.work.bench.model, cache, ask.ids) if ask.ids else self.logits
             synchronize(logits.device)
             self.question_seconds += perf_counter() - began
-            decoder = Decoder(self.work.bench.model, cache, [logits])
+            decoder = Decoder(self.work.bench.model, cache, [logits], watched=self.work.bench.physics)
             yield ask.turn, decoder
             self.decoders.append(decoder)
 
@@ -168,7 +172,8 @@ class Trial:
             step_seconds=tuple(second for decoder in self.decoders for second in decoder.quiet_seconds),
         )
         looks = [decoder.looks for decoder in self.decoders if decoder.looks]
-        return Part(cost, self.places | routing(looks), self.answers, self.agreement, self.likelihood)
+        found = self.places | routing(looks) if self.places else {}
+        return Part(cost, found, self.answers, self.agreement, self.likelihood, self.layout)
 
 
 def survival(cache: Cache, prompt: Prompt, length: int) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvthrift.core import Signals
 from kvthrift.eval.metrics.cost import Held
@@ -29,6 +30,33 @@ def positions(cache: Cache) -> list[list[Ints]]:
             table, lengths = layer.store.positions()[0].cpu().numpy(), layer.store.lengths[0]
             out.append([table[head, :count] for head, count in enumerate(lengths)])
     return out
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which tokens a cache of one sequence holds.
+
+    Attributes:
+        layers: the model's own numbers of the L layers kvthrift keeps.
+        lengths: ``[L][H]`` entries held.
+        kept: ``[L, H, T]``, whether that head holds that token's entry. Where layers differ in heads, H is the most
+            of any, and the heads a layer lacks hold nothing.
+    """
+
+    layers: tuple[int, ...]
+    lengths: tuple[tuple[int, ...], ...]
+    kept: NDArray[np.bool_]
+
+
+def layout(cache: Cache, length: int) -> Layout:
+    """Which of the first ``length`` tokens a cache holds; right after compression these are all that it holds."""
+    where = positions(cache)
+    kept = np.zeros((len(where), max(map(len, where), default=0), length), dtype=np.bool_)
+    for layer, heads in enumerate(where):
+        for head, found in enumerate(heads):
+            kept[layer, head, found[found < length]] = True
+    numbers = tuple(layer.number for layer in cache.state.layers if layer.store is not None)
+    return Layout(numbers, tuple(tuple(map(int, row)) for row in kept.sum(axis=-1)), kept)
 
 
 def held(cache: Cache) -> Held:

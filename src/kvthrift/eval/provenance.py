@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 import kvthrift
 from kvthrift.integrations.transformers.facts import attention_modules, weights_fingerprint
 
+VARIABLE = "KVTHRIFT_COMMIT"
+
 Session = dict[str, str]
 """What one start of a run was made with; ``weights`` must be the same in every one."""
 
@@ -24,7 +27,7 @@ def session(model: PreTrainedModel) -> Session:
     """This process, this machine, this model."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": _command(),
         "kvthrift": kvthrift.__version__,
         "commit": commit(),
         "torch": torch.__version__,
@@ -36,12 +39,23 @@ def session(model: PreTrainedModel) -> Session:
     }
 
 
+def _command() -> str:
+    """What was typed, without where the program lies."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["kvthrift" if name == "__main__.py" else name, *sys.argv[1:]])
+
+
 def commit() -> str:
-    """The commit of the checkout that kvthrift runs from, "+" if it was changed since; "none" outside of one."""
+    """The commit of the checkout that kvthrift runs from, "+" if it was changed since.
+
+    Outside of one: what the environment's KVTHRIFT_COMMIT says, else "none".
+    """
     package = Path(kvthrift.__file__).parent
     home = _git(package, "rev-parse", "--show-toplevel")
     if not home or Path(home) / "src" / "kvthrift" != package.resolve():
-        return "none"  # an installed package; the checkout around it, if any, is somebody else's
+        return (
+            os.environ.get(VARIABLE) or "none"
+        )  # an installed package; the checkout around it, if any, is somebody else's
     found = _git(package, "rev-parse", "--short", "HEAD")
     changed = _git(package, "status", "--porcelain", "--untracked-files=no", "--", str(package))
     return f"{found}{'+' if changed else ''}" if found else "none"

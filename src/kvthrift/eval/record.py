@@ -88,7 +88,7 @@ def measured_row(
         "likelihood": [likelihood[turn] for turn in sorted(likelihood)] or None,
         **combined([part.cost for part in parts]),
         "agreement": [agreement[turn].plain() for turn in sorted(agreement)] or None,
-        "physics": _mean([part.physics for part in parts]),
+        "physics": _mean([part.physics for part in parts]) or None,
         "error": None,
     }
 

@@ -20,8 +20,10 @@ from kvthrift.eval.decode import Read, read
 from kvthrift.eval.measure import Part, Reference, Work
 from kvthrift.eval.prompt import Prompt, Reading, build_prompt, tokenize
 from kvthrift.eval.record import LIKELIHOOD, Score, blank_row, failed_row, measured_row, reason_of
+from kvthrift.eval.recorder import Recorder
 from kvthrift.eval.rows import Row
 from kvthrift.eval.sample import Sample
+from kvthrift.eval.snapshot import Snapshot
 
 T = TypeVar("T")
 
@@ -51,6 +53,7 @@ class Round:
         visible: whether the question is read with the context.
         alone: whether each arm reads by itself.
         session: number of this start of the run.
+        keep: given the snapshot of each arm that goes through, before its row is yielded; None makes none.
     """
 
     bench: Bench
@@ -61,6 +64,7 @@ class Round:
     visible: bool
     alone: bool
     session: int
+    keep: Callable[[Snapshot], None] | None = None
 
     def rows(self) -> Iterator[Row]:
         """A row for each missing arm, as soon as it is known.
@@ -76,31 +80,44 @@ class Round:
                 yield self._row(arm, Failure.of(error))
             return
         done: dict[str, list[Part]] = {arm.name: [] for arm in self.missing}
+        recorder = Recorder(self.bench, self.sample, prompt, visible=self.visible)
         for reading in prompt.readings:
-            for arm, found in self._outcomes(prompt, reading, done):
+            for arm, found in self._outcomes(prompt, reading, done, recorder):
                 if isinstance(found, Part):
                     done[arm.name].append(found)
                     if len(done[arm.name]) == len(prompt.readings):
-                        yield self._row(arm, done[arm.name], prompt)
+                        row = self._row(arm, done[arm.name], prompt)
+                        self._keep(recorder, arm, done[arm.name][0], row)
+                        yield row
                 else:
                     del done[arm.name]
                     yield self._row(arm, found)
 
     def _outcomes(
-        self, prompt: Prompt, reading: Reading, wanted: dict[str, list[Part]]
+        self, prompt: Prompt, reading: Reading, wanted: dict[str, list[Part]], recorder: Recorder
     ) -> Iterator[tuple[Arm, Part | Failure]]:
         """What each wanted arm did on one reading; the full cache answers first, wanted or not."""
         limits = [turn.max_new_tokens for turn in self.sample.turns]
-        work = Work(self.bench, prompt, reading, limits, self._given(), self._shared(reading))
+        recorded = self.keep is not None and reading is prompt.readings[0]
+        work = Work(self.bench, prompt, reading, limits, self._given(), self._shared(reading), recorded)
         reference: Reference | None = None
         for arm in self.arms:
             if arm.name == FULL:
                 answered = attempt(partial(work.full, arm))
                 found, reference = (answered, None) if isinstance(answered, Failure) else answered
+                recorder.hear(reference or {})
                 if arm.name in wanted:
                     yield arm, found
             elif arm.name in wanted:
                 yield arm, attempt(partial(work.compressed, arm, reference))
+
+    def _keep(self, recorder: Recorder, arm: Arm, part: Part, row: Row) -> None:
+        """Hand on the snapshot that belongs to a row; one that cannot be made spoils no row."""
+        if self.keep is None or row["error"]:
+            return
+        found = attempt(lambda: recorder.snapshot(arm, part))
+        if not isinstance(found, Failure):
+            self.keep(found)
 
     def _shared(self, reading: Reading) -> Read | None:
         """The reading for all arms; None if each is to read alone, or if there is no room for this one."""

@@ -6,7 +6,7 @@ Knows nothing of models, recipes or how answers are made.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -55,6 +55,12 @@ class Sample:
     chat: bool = True
     mode: str = "single"
     meta: dict[str, Any] = field(default_factory=dict)
+
+
+def shortened(sample: Sample, limit: int) -> Sample:
+    """The sample with no turn that allows more than ``limit`` new tokens."""
+    turns = (replace(turn, max_new_tokens=min(turn.max_new_tokens, limit)) for turn in sample.turns)
+    return replace(sample, turns=tuple(turns))
 
 
 @dataclass(frozen=True)

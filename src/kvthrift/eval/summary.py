@@ -35,9 +35,9 @@ def failures(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def cost_of(rows: Sequence[Row]) -> Plain:
-    """Bytes over all rows that went through; seconds and peak over those where the arm read by itself."""
+    """Bytes over all rows that went through; seconds and peak over those where the arm read by itself, undisturbed."""
     through = [row for row in rows if not row["error"]]
-    alone = [row for row in through if row["alone"]]
+    alone = [row for row in through if row["alone"] and not row.get("workers")]
     sizes = ("entries", "full_entries", "bytes", "metadata_bytes", "full_bytes", "read_bytes")
     out: Plain = {name: mean_of(through, lambda row, name=name: row[name]) for name in sizes}  # type: ignore[misc]
     out["share"] = mean_of(through, lambda row: row["bytes"] / row["full_bytes"] if row["full_bytes"] else None)

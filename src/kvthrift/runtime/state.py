@@ -92,7 +92,9 @@ class CacheState:
         step = self._step
         if step is None:
             raise CacheStateError("a forward pass must begin at the first layer.")
-        self.layers[place].store_for(self, q, k, v)  # refused before anything changes
+        store = self.layers[place].store_for(self, q, k, v)  # refused before anything changes
+        if place == 0:
+            self._check_room(store, step)
         self._next = -1  # until this layer is through
         out = self.layers[place].attend(self, q, k, v, scale=scale, step=step, facts=facts)
         self._next = place + 1
@@ -135,13 +137,25 @@ class CacheState:
         """Entries per head that each sequence may hold on average, ``[B]`` int64."""
         if self.recipe.budget is None:
             return view.seen
+        return torch.tensor(self._room(store, view.seen.tolist()), device=view.keys.device)
+
+    def _room(self, store: LayerStore, seen: list[int]) -> list[int]:
+        """Entries per head that the budget comes to for sequences of so many tokens."""
+        budget, shape = self.recipe.budget, store.shape
+        if budget is None:
+            return seen
         planes = int(self.observes.columns) + int(self.recipe.merge.biased)
-        shape = store.shape
-        size = (shape.key_dim + shape.value_dim) * view.keys.element_size() + _FLOAT_BYTES * (1 + planes)
-        heads = self.layer_count * shape.kv_heads * view.keys.shape[0]
-        budget, page = self.recipe.budget, self.page
-        entries = [budget.entries(n, heads=heads, entry_bytes=size, page=page) for n in view.seen.tolist()]
-        return torch.tensor(entries, device=view.keys.device)
+        size = (shape.key_dim + shape.value_dim) * store.pool.keys.element_size() + _FLOAT_BYTES * (1 + planes)
+        heads = self.layer_count * shape.kv_heads * store.batch
+        return [budget.entries(n, heads=heads, entry_bytes=size, page=self.page) for n in seen]
+
+    def _check_room(self, store: LayerStore, step: Step) -> None:
+        """Refuse a prompt of which the budget could not hold what is protected, before anything has changed."""
+        if self.is_prompt(step):
+            seen = (step.start + step.counts).tolist()
+            rooms = [room for n, room in zip(seen, self._room(store, seen), strict=True) if n > room]
+            if rooms:
+                check_floor(self.recipe, torch.tensor(rooms))
 
     def layer_total(self, layer: LayerCache, view: LayerView, scores: Tensor, per_head: Tensor) -> Tensor:
         """Entries per head of this layer, ``[B]`` int64."""

@@ -139,6 +139,13 @@ def test_chinese_needs_jieba(monkeypatch: pytest.MonkeyPatch) -> None:
         chinese_words("你好")
 
 
+def test_chinese_words_are_cut_by_jieba() -> None:
+    pytest.importorskip("jieba", reason="needs the extra chinese")
+    assert chinese_words("我来到北京清华大学") == ["我", "来到", "北京", "清华大学"]
+    assert score("qa_f1_zh", "在清华大学。", "清华大学") == pytest.approx(2 / 3)
+    assert score("rouge_l_zh", "北京 清华大学", "北京清华大学") > 0.5
+
+
 def test_chinese_words_are_compared_without_punctuation(monkeypatch: pytest.MonkeyPatch) -> None:
     class Jieba:
         @staticmethod

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvthrift.errors import ContextError
+from kvthrift.eval.metrics.answers_choice import only_label
 from kvthrift.eval.sample import Sample, Tokenizer
 from kvthrift.eval.tasks import find
 from kvthrift.eval.tasks.babilong import stories
@@ -93,7 +94,19 @@ def test_stories_end_with_their_question() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["babilong.qa1", "babilong.qa8"])
+def test_a_way_is_one_answer(smol: Tokenizer, data: Path) -> None:
+    (sample,) = draw("babilong.qa19", smol, 1500, 1, data)
+    turn = sample.turns[0]
+    (gold,) = turn.answers
+    first, second = gold.split()
+    assert {first, second} <= {"north", "south", "east", "west"}
+    assert f"Answer: {gold}" not in sample.context.rpartition("\n\nText:")[2]
+    assert only_label(f" {gold}.", sample, turn) == 1
+    assert only_label(f" {first}.", sample, turn) == 0
+    assert first == second or only_label(f" {second} {first}.", sample, turn) == 0
+
+
+@pytest.mark.parametrize("name", [f"babilong.qa{number}" for number in (1, 8, *range(11, 19), 20)])
 def test_facts_are_scattered_in_order(name: str, smol: Tokenizer, data: Path) -> None:
     file = find([name])[0].file  # type: ignore[attr-defined]
     from kvthrift.eval.tasks import local

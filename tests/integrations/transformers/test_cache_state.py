@@ -81,6 +81,20 @@ def test_another_dtype_is_refused() -> None:
         read(model.to(torch.bfloat16), past, text(1, 4))
 
 
+# -- a budget that turns out too small -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", ["10%", "8KiB"])
+def test_a_budget_below_what_is_protected_is_refused_before_anything_changes(budget: str) -> None:
+    model, ids = tiny("llama"), text(1, PROMPT)
+    past = kvthrift.Cache(model.config, "snapkv", budget=budget, window=32, page=8)
+    for _ in range(2):  # the second time it is refused for the same reason, not for a pass that failed half way
+        with pytest.raises(BudgetError):
+            read(model, past, ids)
+    assert past.get_seq_length() == 0
+    assert past.fork().state.held == 0
+
+
 # -- a forward pass that fails -------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,7 @@ def chinese_words(text: str) -> list[str]:
         jieba = import_module("jieba")
     except ImportError as error:
         raise DataError(
-            "answers in Chinese are cut into words by jieba, which is not installed, so they have no score. Install it."
+            "answers in Chinese are cut into words by jieba, which is not installed, so they have no score. Install "
+            "kvthrift[chinese]."
         ) from error
     return [str(word) for word in jieba.lcut(text)]

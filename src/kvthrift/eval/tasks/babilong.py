@@ -1,12 +1,13 @@
 """BABILong (2406.10149): a bAbI story whose sentences are scattered over a book, and a question about it.
 
-The ten tasks that BABILong reports. Prompts are our own, with two solved stories of the same file in front.
+All twenty of bAbI; BABILong reports the first ten. Prompts are our own, with two solved stories of the same file in
+front.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import ClassVar
@@ -77,11 +78,14 @@ class BabiLong(Task):
     group = "babilong"
     file: ClassVar[str]
     hint: ClassVar[str]
+    words: ClassVar[Mapping[str, str]] = {}  # what the file's answers are short for
 
     def samples(
         self, tokenizer: Tokenizer, *, length: int, count: int, seed: int, data: Path | None
     ) -> Iterator[Sample]:
         found = list(stories(local.text(local.find(data, f"babi/{self.file}_test.txt", get=_GET))))
+        if self.words:
+            found = [replace(story, answer=_spelled(story.answer, self.words)) for story in found]
         labels = tuple(sorted({part for story in found for part in story.answer.split(",")}))
         asked, kept = found[:-_KEPT], found[-_KEPT:]
         head = self._head(sorted(kept, key=lambda story: len(story.facts))[:_EXAMPLES])
@@ -108,6 +112,10 @@ class BabiLong(Task):
     def _sample(self, name: str, context: str, story: Story, **meta: object) -> Sample:
         turn = Turn(f"\nQuestion: {story.question}\n", (story.answer,), "Answer:", 12)
         return Sample(name, self.name, context, (turn,), "only_label", meta=meta)
+
+
+def _spelled(answer: str, words: Mapping[str, str]) -> str:
+    return " ".join(words[part] for part in answer.split(","))
 
 
 _WHERE = "Answer with the name of the place."
@@ -163,4 +171,59 @@ class Qa10(BabiLong):
     summary, hint = "yes, no or maybe", "Answer yes, no or maybe."
 
 
-TASKS = (Qa1, Qa2, Qa3, Qa4, Qa5, Qa6, Qa7, Qa8, Qa9, Qa10)
+class Qa11(BabiLong):
+    name, file = "babilong.qa11", "qa11_basic-coreference"
+    summary, hint = "he and she", _WHERE
+
+
+class Qa12(BabiLong):
+    name, file = "babilong.qa12", "qa12_conjunction"
+    summary, hint = "two persons in one fact", _WHERE
+
+
+class Qa13(BabiLong):
+    name, file = "babilong.qa13", "qa13_compound-coreference"
+    summary, hint = "they", _WHERE
+
+
+class Qa14(BabiLong):
+    name, file = "babilong.qa14", "qa14_time-reasoning"
+    summary, hint = "where somebody was before", _WHERE
+
+
+class Qa15(BabiLong):
+    name, file = "babilong.qa15", "qa15_basic-deduction"
+    summary, hint = "deduction", "Answer with the name of the animal."
+
+
+class Qa16(BabiLong):
+    name, file = "babilong.qa16", "qa16_basic-induction"
+    summary, hint = "induction", "Answer with the name of the colour."
+
+
+class Qa17(BabiLong):
+    name, file = "babilong.qa17", "qa17_positional-reasoning"
+    summary, hint = "yes or no, on where things lie", "Answer yes or no."
+
+
+class Qa18(BabiLong):
+    name, file = "babilong.qa18", "qa18_size-reasoning"
+    summary, hint = "yes or no, on what fits into what", "Answer yes or no."
+
+
+class Qa19(BabiLong):
+    """Two steps whose order matters, so the whole way is the answer that is looked for, not its parts."""
+
+    name, file = "babilong.qa19", "qa19_path-finding"
+    summary, hint = "the way, in two steps", "Answer with the two directions in order, such as: north east."
+    words: ClassVar[Mapping[str, str]] = {"n": "north", "s": "south", "e": "east", "w": "west"}
+
+
+class Qa20(BabiLong):
+    name, file = "babilong.qa20", "qa20_agents-motivations"
+    summary, hint = "what somebody does, and why", "Answer with one word."
+
+
+TASKS = (
+    Qa1, Qa2, Qa3, Qa4, Qa5, Qa6, Qa7, Qa8, Qa9, Qa10, Qa11, Qa12, Qa13, Qa14, Qa15, Qa16, Qa17, Qa18, Qa19, Qa20,
+)  # fmt: skip

@@ -1,0 +1,276 @@
+"""Several processes that measure at once, each with its own copy of the model.
+
+The parent hands out whole samples and gets rows back; it alone writes. A worker that dies costs the arm it died on, not
+the run: that arm is tried once more on a fresh worker, and then has a row that says so. Workers end with the parent,
+however it ends. Knows no task and no method.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing as mp
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from threading import Thread
+
+import torch
+
+from kvthrift.errors import RunError
+from kvthrift.eval.bench import Bench
+from kvthrift.eval.config import Grid
+from kvthrift.eval.job import Job, Keep
+from kvthrift.eval.record import Score
+from kvthrift.eval.rows import Row
+from kvthrift.integrations.transformers.loading import load_model
+
+READY, SNAPSHOT, ROW, DONE, FAILED = "ready", "snapshot", "row", "done", "failed"
+DIED = "worker died"
+STRIKES = 2  # deaths on one arm until it is given up
+PATIENCE = 20.0  # seconds that a worker may take to end by itself
+EXPENDABLE = "500"  # of 1000: where memory runs out, the kernel is to take a worker, not the parent
+
+Make = Callable[[int], tuple[Bench, Mapping[str, Score]]]
+"""Called in a worker with its number: the model it measures with, and the scorers."""
+
+
+def load_bench(grid: Grid, number: int) -> Bench:
+    """A worker's own copy of a grid's model; where a GPU is meant but not which, workers go round all of them.
+
+    Raises:
+        KvthriftError: it cannot be loaded.
+    """
+    count = torch.cuda.device_count()
+    spread = count > 1 and grid.device in ("auto", "cuda")
+    place = f"cuda:{number % count}" if spread else None if grid.device == "auto" else grid.device
+    llm, tokenizer = load_model(grid.model or None, dtype=grid.dtype, device=place)
+    return Bench(llm, tokenizer, grid.page, grid.agreement, grid.physics)
+
+
+@dataclass
+class Crew:
+    """So many workers.
+
+    Attributes:
+        make: what a worker does before its first job; must be a function of a module, or a partial of one.
+    """
+
+    count: int
+    make: Make
+
+    def rows(self, jobs: Iterator[Job], keep: Keep | None) -> Generator[Row]:
+        """The rows of all jobs, as they come; close it to end the workers early.
+
+        Args:
+            jobs: taken one by one, as workers become free.
+            keep: given the snapshots that jobs want.
+
+        Raises:
+            RunError: no worker can be started.
+        """
+        shift = _Shift(self, jobs, keep, room=self.count)
+        try:
+            yield from shift.rows()
+        finally:
+            shift.end()
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    job: Job
+    ready: bool = False
+
+
+@dataclass
+class _Shift:
+    """Workers at work. ``room``: how many there may be; one that cannot start is not replaced."""
+
+    crew: Crew
+    jobs: Iterator[Job]
+    keep: Keep | None
+    room: int
+    started: int = 0
+    reason: str = ""
+    again: deque[tuple[Job, int]] = field(default_factory=deque)
+    strikes: dict[Connection, int] = field(default_factory=dict)
+    working: dict[Connection, _Worker] = field(default_factory=dict)
+    leaving: list[BaseProcess] = field(default_factory=list)
+
+    def rows(self) -> Iterator[Row]:
+        while True:
+            while len(self.working) < self.room and (found := self._next()):
+                self._start(*found)
+            if not self.working:
+                break
+            for pipe in wait(list(self.working)):
+                assert isinstance(pipe, Connection)
+                for row in self._hear(self.working[pipe]):
+                    yield {**row, "workers": self.crew.count}
+        if self.again:
+            raise RunError(
+                f"no worker can be started ({self.reason}), so nothing can be measured. Give fewer --workers, or none; "
+                "the run goes on from there."
+            )
+
+    def end(self) -> None:
+        for worker in self.working.values():
+            worker.process.kill()
+            worker.pipe.close()
+        for process in (*self.leaving, *(worker.process for worker in self.working.values())):
+            _reap(process)
+
+    def _next(self) -> tuple[Job, int] | None:
+        """A job, and how many workers died on its first arm."""
+        if self.again:
+            return self.again.popleft()
+        job = next(self.jobs, None)
+        return None if job is None else (job, 0)
+
+    def _start(self, job: Job, strikes: int) -> None:
+        context = mp.get_context("spawn")  # a fork of a process that uses a GPU cannot use it
+        ours, theirs = context.Pipe()
+        threads = max(1, _cores() // self.crew.count)
+        process = context.Process(target=_work, args=(theirs, self.crew.make, self.started, threads), daemon=True)
+        with _uninterrupted():
+            process.start()
+        theirs.close()
+        self.started += 1
+        self.working[ours], self.strikes[ours] = _Worker(process, ours, job), strikes
+
+    def _hear(self, worker: _Worker) -> Iterator[Row]:
+        try:
+            kind, content = worker.pipe.recv()
+            if kind == READY:
+                worker.ready = True
+                worker.pipe.send(worker.job)
+        except (EOFError, OSError):
+            kind, content = FAILED, ""
+        if kind == ROW:
+            job, self.strikes[worker.pipe] = worker.job, 0
+            job.missing = [arm for arm in job.missing if arm.name != content["arm"]]
+            yield content
+        elif kind == SNAPSHOT and self.keep is not None:
+            self.keep(content)
+        elif kind == DONE:
+            self._go_on(worker)
+        elif kind == FAILED:
+            yield from self._lost(worker, content)
+
+    def _go_on(self, worker: _Worker) -> None:
+        found = self._next()
+        if found is None:
+            self._dismiss(worker)
+            return
+        worker.job, self.strikes[worker.pipe] = found
+        with suppress(OSError):  # it died meanwhile: its pipe is at its end, which is heard next
+            worker.pipe.send(worker.job)
+
+    def _dismiss(self, worker: _Worker) -> None:
+        del self.working[worker.pipe], self.strikes[worker.pipe]
+        worker.pipe.close()  # at which it ends
+        self.leaving.append(worker.process)
+
+    def _lost(self, worker: _Worker, said: str) -> Iterator[Row]:
+        """Try its job again; give up the arm on which workers die, and the job if the next one fares no better."""
+        strikes, job = self.strikes[worker.pipe] + 1, worker.job
+        self._dismiss(worker)
+        reason = said or _ending(worker.process)
+        if not worker.ready:
+            self.room, self.reason = self.room - 1, reason
+            self.again.append((job, strikes - 1))
+            return
+        given_up = job.missing[:1] if strikes == STRIKES else job.missing if strikes > STRIKES else []
+        for arm in given_up:
+            yield job.failed(arm, DIED, f"the process that measured it died, and so did a second one: {reason}")
+        job.missing = job.missing[len(given_up) :]
+        if job.missing:
+            self.again.append((job, strikes))
+
+
+# -- in the worker -----------------------------------------------------------------------------------------------
+
+
+def _work(pipe: Connection, make: Make, number: int, threads: int) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(EXPENDABLE)
+    torch.set_num_threads(threads)
+    with suppress(EOFError, BrokenPipeError):  # the parent has no more for it, or is gone
+        try:
+            bench, scorers = make(number)
+            pipe.send((READY, None))
+        except Exception as error:
+            pipe.send((FAILED, _said(error)))
+            return
+        while True:
+            _measure(pipe, pipe.recv(), bench, scorers)
+
+
+def _measure(pipe: Connection, job: Job, bench: Bench, scorers: Mapping[str, Score]) -> None:
+    try:
+        for row in job.rows(bench, scorers, lambda snapshot: pipe.send((SNAPSHOT, snapshot))):
+            pipe.send((ROW, row))
+    except OSError:
+        raise
+    except Exception as error:  # a lost GPU: this process cannot go on, another may
+        pipe.send((FAILED, _said(error)))
+        raise EOFError from error
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # others live on the same GPU
+    pipe.send((DONE, None))
+
+
+def _end_with_parent() -> None:
+    parent = mp.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+# -- odds and ends -----------------------------------------------------------------------------------------------
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """What is started inside never hears Ctrl-C, which is for the parent; it ends its workers by itself."""
+    resource_tracker.ensure_running()  # whose own start would undo the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ending(process: BaseProcess) -> str:
+    """How a process ended, in words."""
+    code = _reap(process)
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"ended by {name}" + (", as where the host's memory runs out" if -code == signal.SIGKILL else "")
+    return f"exit code {code}"
+
+
+def _reap(process: BaseProcess) -> int | None:
+    process.join(PATIENCE)
+    if process.is_alive():
+        process.kill()
+        process.join(PATIENCE)
+    return process.exitcode
