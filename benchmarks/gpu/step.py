@@ -108,7 +108,7 @@ def rounding(model: Any) -> float:
 
 
 @torch.inference_mode()
-def measure(model: Any, name: str, peak: float, repeats: int, noise: float, *, compiled: bool) -> str:
+def measure(model: Any, name: str, peak: float, repeats: int, noise: float, *, compiled: bool, mode: str) -> str:
     """A row of the table."""
     batch, kept, seen = CASES[name]
     token = torch.full((batch, 1), 7, device="cuda")
@@ -128,7 +128,7 @@ def measure(model: Any, name: str, peak: float, repeats: int, noise: float, *, c
             cache = filled(model, batch, kept, seen, ragged=False)
             wanted = model(input_ids=token, past_key_values=cache.fork(), use_cache=True).logits[:, -1].float()
         for fused in (False, True) if compiled else (False,):
-            steps = GraphSteps(model, cache, repeats + 8, compiled=fused)
+            steps = GraphSteps(model, cache, repeats + 8, compiled=mode or True if fused else False)
             found = steps.step(token[:, 0]).float()
             error = (found - wanted).abs().max() / wanted.abs().max()
             print(f"{name}, ragged {ragged}, fused {fused}: logits differ by {error:.2%}", flush=True)
@@ -165,6 +165,7 @@ def main(
     cases: str = ",".join(CASES),
     layers: int = LAYERS,
     compiled: Annotated[bool, typer.Option(help="also fuse elementwise parts by torch.compile")] = True,
+    mode: Annotated[str, typer.Option(help="of torch.compile")] = "",
     out: Annotated[Path | None, typer.Option(help="append the Markdown here")] = None,
 ) -> None:
     """Measure this GPU."""
@@ -176,14 +177,14 @@ def main(
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}, triton {triton.__version__}, transformers "
         f"{transformers.__version__}, kvthrift {kvthrift.__version__}, Python {platform.python_version()}; {layers} "
         f"layers. A copy moves {peak / 1e12:.2f} TB/s. Milliseconds a step, median of {repeats}; in brackets the share "
-        f"of the floor's speed. Largest difference of bf16 logits to float32 ones: {noise:.1%}.",
+        f"of the floor's speed; fused by torch.compile{f' ({mode})' if mode else ''}. Largest difference of bf16 logits to float32 ones: {noise:.1%}.",
         "",
         "| held | floor | eager | graph | graph, fused | GiB | ragged: graph | graph, fused | GiB | transformers, "
         "as many | transformers, all |",
         "|---|" + "---:|" * 10,
     ]
     for name in cases.split(","):
-        lines.append(measure(model, name, peak, repeats, noise, compiled=compiled))
+        lines.append(measure(model, name, peak, repeats, noise, compiled=compiled, mode=mode))
         print(lines[-1], flush=True)
     text = "\n".join(lines)
     print(text)

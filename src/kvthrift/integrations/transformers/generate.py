@@ -30,7 +30,7 @@ def generate(
     cache: Cache,
     *,
     graph: bool = True,
-    compiled: bool = False,
+    compiled: bool | str = False,
     streamer: Any = None,
     **kwargs: Any,
 ) -> Any:
@@ -46,7 +46,7 @@ def generate(
         cache: empty, or from :func:`kvthrift.prefill`, or a fork.
         graph: record steps at all.
         compiled: fuse the model's elementwise operations with ``torch.compile`` before recording: slow once, faster
-            ever after.
+            ever after. Or the name of one of its modes, such as ``"max-autotune-no-cudagraphs"``.
         streamer: gets each token as it comes.
         kwargs: as for ``model.generate``.
 
@@ -84,7 +84,7 @@ def _say_why(reason: str) -> None:
 class _Loop:
     """Greedy or sampled decoding, a token a step."""
 
-    def __init__(self, *, graph: bool, compiled: bool, streamer: Any) -> None:
+    def __init__(self, *, graph: bool, compiled: bool | str, streamer: Any) -> None:
         self.graph, self.compiled, self.streamer = graph, compiled, streamer
         self.steps: GraphSteps | None = None
 

@@ -44,20 +44,21 @@ class GraphSteps:
         model: with ``attn_implementation="kvthrift"``, on a CUDA device.
         cache: it has read the prompt.
         room: steps for which pages are taken now; no more can be replayed.
-        compiled: fuse the model's elementwise operations by ``torch.compile`` first (takes a while, once a model).
+        compiled: fuse the model's elementwise operations by ``torch.compile`` first (takes a while, once a model); or
+            the name of a mode of ``torch.compile`` without graphs of its own.
 
     Raises:
         GraphUnavailableError: the step cannot be recorded. The cache is as it was, but for the pages taken.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: Cache, room: int, *, compiled: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, cache: Cache, room: int, *, compiled: bool | str = False) -> None:
         why = obstacle(model, cache)
         if why is not None:
             raise GraphUnavailableError(why)
         self.steps = FixedSteps(cache.state, room)
         self.tokens = torch.zeros(len(self.steps.positions), 1, dtype=torch.long, device=model.device)
         self.cache = cache
-        forward: Callable[..., Any] = _fused(model) if compiled else model
+        forward: Callable[..., Any] = _fused(model, compiled) if compiled else model
         self.graph = torch.cuda.CUDAGraph()
         try:
             with torch.inference_mode(), self.steps:
@@ -112,10 +113,10 @@ class GraphSteps:
         self.graph.reset()
 
 
-def _fused(model: PreTrainedModel) -> Callable[..., Any]:
+def _fused(model: PreTrainedModel, mode: bool | str) -> Callable[..., Any]:
     """The model's forward pass, compiled in pieces between attention and attention."""
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    compiled = torch.compile(model.__call__, dynamic=False)
+    compiled = torch.compile(model.__call__, dynamic=False, mode=mode if isinstance(mode, str) else None)
 
     def forward(**kwargs: Any) -> Any:
         # a module's number is part of its code to the compiler, so each layer is compiled by itself
