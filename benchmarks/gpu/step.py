@@ -177,7 +177,8 @@ def main(
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}, triton {triton.__version__}, transformers "
         f"{transformers.__version__}, kvthrift {kvthrift.__version__}, Python {platform.python_version()}; {layers} "
         f"layers. A copy moves {peak / 1e12:.2f} TB/s. Milliseconds a step, median of {repeats}; in brackets the share "
-        f"of the floor's speed; fused by torch.compile{f' ({mode})' if mode else ''}. Largest difference of bf16 logits to float32 ones: {noise:.1%}.",
+        f"of the floor's speed; fused by torch.compile ({mode or 'default'}). Largest difference of bf16 logits to "
+        f"float32 ones: {noise:.1%}.",
         "",
         "| held | floor | eager | graph | graph, fused | GiB | ragged: graph | graph, fused | GiB | transformers, "
         "as many | transformers, all |",

@@ -26,7 +26,8 @@ from kvthrift.eval.provenance import session
 from kvthrift.eval.record import Score
 from kvthrift.eval.runner import Runner
 from kvthrift.eval.table import tables
-from kvthrift.eval.workers import Crew, load_bench
+from kvthrift.eval.worker import load_bench
+from kvthrift.eval.workers import Crew
 from kvthrift.integrations.transformers.loading import load_model
 
 RUN = "Run"

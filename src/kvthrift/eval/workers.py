@@ -7,51 +7,25 @@ however it ends. Knows no task and no method.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing as mp
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
-from threading import Thread
-
-import torch
 
 from kvthrift.errors import RunError
-from kvthrift.eval.bench import Bench
-from kvthrift.eval.config import Grid
 from kvthrift.eval.job import Job, Keep
-from kvthrift.eval.record import Score
 from kvthrift.eval.rows import Row
-from kvthrift.integrations.transformers.loading import load_model
+from kvthrift.eval.worker import DONE, FAILED, READY, ROW, SNAPSHOT, Make, work
 
-READY, SNAPSHOT, ROW, DONE, FAILED = "ready", "snapshot", "row", "done", "failed"
 DIED = "worker died"
 STRIKES = 2  # deaths on one arm until it is given up
 PATIENCE = 20.0  # seconds that a worker may take to end by itself
-EXPENDABLE = "500"  # of 1000: where memory runs out, the kernel is to take a worker, not the parent
-
-Make = Callable[[int], tuple[Bench, Mapping[str, Score]]]
-"""Called in a worker with its number: the model it measures with, and the scorers."""
-
-
-def load_bench(grid: Grid, number: int) -> Bench:
-    """A worker's own copy of a grid's model; where a GPU is meant but not which, workers go round all of them.
-
-    Raises:
-        KvthriftError: it cannot be loaded.
-    """
-    count = torch.cuda.device_count()
-    spread = count > 1 and grid.device in ("auto", "cuda")
-    place = f"cuda:{number % count}" if spread else None if grid.device == "auto" else grid.device
-    llm, tokenizer = load_model(grid.model or None, dtype=grid.dtype, device=place)
-    return Bench(llm, tokenizer, grid.page, grid.agreement, grid.physics)
 
 
 @dataclass
@@ -139,7 +113,7 @@ class _Shift:
         context = mp.get_context("spawn")  # a fork of a process that uses a GPU cannot use it
         ours, theirs = context.Pipe()
         threads = max(1, _cores() // self.crew.count)
-        process = context.Process(target=_work, args=(theirs, self.crew.make, self.started, threads), daemon=True)
+        process = context.Process(target=work, args=(theirs, self.crew.make, self.started, threads), daemon=True)
         with _uninterrupted():
             process.start()
         theirs.close()
@@ -194,54 +168,6 @@ class _Shift:
         job.missing = job.missing[len(given_up) :]
         if job.missing:
             self.again.append((job, strikes))
-
-
-# -- in the worker -----------------------------------------------------------------------------------------------
-
-
-def _work(pipe: Connection, make: Make, number: int, threads: int) -> None:
-    Thread(target=_end_with_parent, daemon=True).start()
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(EXPENDABLE)
-    torch.set_num_threads(threads)
-    with suppress(EOFError, BrokenPipeError):  # the parent has no more for it, or is gone
-        try:
-            bench, scorers = make(number)
-            pipe.send((READY, None))
-        except Exception as error:
-            pipe.send((FAILED, _said(error)))
-            return
-        while True:
-            _measure(pipe, pipe.recv(), bench, scorers)
-
-
-def _measure(pipe: Connection, job: Job, bench: Bench, scorers: Mapping[str, Score]) -> None:
-    try:
-        for row in job.rows(bench, scorers, lambda snapshot: pipe.send((SNAPSHOT, snapshot))):
-            pipe.send((ROW, row))
-    except OSError:
-        raise
-    except Exception as error:  # a lost GPU: this process cannot go on, another may
-        pipe.send((FAILED, _said(error)))
-        raise EOFError from error
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # others live on the same GPU
-    pipe.send((DONE, None))
-
-
-def _end_with_parent() -> None:
-    parent = mp.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-# -- odds and ends -----------------------------------------------------------------------------------------------
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _cores() -> int:
