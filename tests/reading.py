@@ -7,9 +7,11 @@ from tests.models import build, config
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvthrift import Cache, Recipe
+from kvthrift import Cache, Recipe, prefill
 
 Held = list[list[list[int]]]
+DECIDES = ("dbudgetkv",)  # methods that find their own budget: one that is given is only the most they keep
+TWICE = ("kvcompose", "kvzip")  # methods that look at a context twice, which a forward pass by itself cannot
 
 
 def deep(layers: int, **changes: int) -> PreTrainedModel:
@@ -18,7 +20,9 @@ def deep(layers: int, **changes: int) -> PreTrainedModel:
 
 
 def read(model: PreTrainedModel, ids: Tensor, recipe: Recipe) -> Cache:
-    """A cache that the model has read ``ids [B, T]`` into, in one pass."""
+    """A cache that the model has read ``ids [B, T]`` into, in one pass; in two, where the recipe looks twice."""
+    if recipe.compresses and recipe.needs.second_pass:
+        return prefill(model, ids, recipe)
     cache = Cache(model.config, recipe)
     with torch.inference_mode():
         model(input_ids=ids, past_key_values=cache, use_cache=True)

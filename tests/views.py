@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvthrift.core import LayerView, QueryMoments, Rope
+from kvthrift.core import LayerView, QueryMoments, Rope, Signals
 from kvthrift.part import parts
 from kvthrift.recipe import Recipe
 from kvthrift.runtime.compress import choose
@@ -145,8 +145,8 @@ def top(scores: Tensor, count: int) -> set[int]:
     return set(order[:count])
 
 
-def with_signals(view: LayerView, seed: int = 0) -> LayerView:
-    """The view with every further signal a part may declare."""
+def with_signals(view: LayerView, seed: int = 0, *, needs: Signals | None = None) -> LayerView:
+    """The view with every further signal a part may declare; of second passes those in ``needs``."""
     rng = torch.Generator().manual_seed(seed + 1)
     b, h, t, dim = view.keys.shape
     heads = h * view.group
@@ -154,6 +154,12 @@ def with_signals(view: LayerView, seed: int = 0) -> LayerView:
     view.moments = moments(torch.randn(b, heads, 9, dim, generator=rng))
     view.columns = torch.rand(b, h, t, generator=rng).masked_fill(~view.valid, GARBAGE)
     view.output_weight = torch.randn(heads, view.values.shape[-1], 20, generator=rng)
+    tokens = int(view.seen.max())
+    view.segments = (torch.rand(b, tokens, generator=rng) < 0.1).long().cumsum(dim=1)  # about 10 tokens each
+    sums = needs.powers if needs is not None else ()
+    view.powers = {x: torch.rand(b, h, t, generator=rng).masked_fill(~view.valid, GARBAGE) for x in sums}
+    passes = needs.second_pass if needs is not None else ()
+    view.second_pass = {x: torch.rand(b, h, t, generator=rng).masked_fill(~view.valid, GARBAGE) for x in passes}
     return view
 
 
@@ -172,5 +178,8 @@ def alone(view: LayerView, b: int) -> LayerView:
         query_positions=None if view.query_positions is None else view.query_positions[b : b + 1],
         moments=found and QueryMoments(found.count[b : b + 1], found.total[b : b + 1], found.outer[b : b + 1]),
         columns=None if view.columns is None else view.columns[b : b + 1, :, :stop],
+        segments=None if view.segments is None else view.segments[b : b + 1],
+        powers={wanted: x[b : b + 1, :, :stop] for wanted, x in view.powers.items()},
+        second_pass={wanted: x[b : b + 1, :, :stop] for wanted, x in view.second_pass.items()},
         _valid=None,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,13 +32,64 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class SecondPass:
+    """A second look at a context that was read whole: it is fed again behind itself, and what that attends to is kept.
+
+    Attributes:
+        chunk: context tokens that are repeated at a time, each time behind the whole context; 0 repeats all at once.
+        among: what a repeated token's softmax runs over: the first ``sinks`` tokens, the ``"chunk"`` it repeats and the
+            repeated tokens up to itself, or ``"all"`` that was read and them.
+        queries, group: how attention is joined over the tokens that are fed, then over a KV head's query heads.
+        sinks: leading tokens that are not repeated and score 0.
+        instructed: whether words stand before each chunk that ask for it to be repeated.
+        first, later, reply: token ids of those words for the first chunk, for later ones, and between words and chunk.
+            All empty: words of the integration's own, where it has a tokenizer; else none.
+        overlap: tokens before a later chunk that its words quote.
+    """
+
+    chunk: int = 2000
+    among: Literal["chunk", "all"] = "chunk"
+    queries: Literal["max", "mean"] = "max"
+    group: Literal["max", "mean"] = "max"
+    sinks: int = 0
+    instructed: bool = True
+    first: tuple[int, ...] = ()
+    later: tuple[int, ...] = ()
+    reply: tuple[int, ...] = ()
+    overlap: int = 8
+
+
+@dataclass(frozen=True)
+class Powers:
+    """Powers of attention that entries receive, added up over queries and the group, decode steps included.
+
+    Attributes:
+        power: 2 for squares, 1 for the attention itself.
+        window: newest queries of each pass over several tokens that count; 0 for all.
+        buffer: a query does not count for entries fewer positions before it than this.
+        kernel: neighbours that share a maximum, pass by pass; 1 for none. Decode steps add theirs as they are.
+    """
+
+    power: int = 2
+    window: int = 8
+    buffer: int = 0
+    kernel: int = 7
+
+    @property
+    def plane(self) -> str:
+        """What the plane that keeps it is called."""
+        return f"power {self.power} {self.window} {self.buffer} {self.kernel}"
+
+
+@dataclass(frozen=True)
 class Signals:
     """What a part needs to see. The runtime gathers each once, and nothing undeclared.
 
     ``window``: how many of the last queries; ``moments``: mean and covariance of pre-RoPE
     queries from position ``moments_after`` on; ``columns``:
     attention received by each entry from all queries so far; ``output_weight``: the output projection;
-    ``rope``: the rotary embedding.
+    ``powers``: the same of their powers; ``rope``: the rotary embedding; ``second_pass``: what a context fed again
+    behind itself attends to; ``segments``: which part of the text, cut at punctuation, each token belongs to.
     """
 
     window: int = 0
@@ -46,6 +98,9 @@ class Signals:
     columns: bool = False
     output_weight: bool = False
     rope: bool = False
+    second_pass: tuple[SecondPass, ...] = ()
+    segments: bool = False
+    powers: tuple[Powers, ...] = ()
 
     def __or__(self, other: Signals) -> Signals:
         return Signals(
@@ -55,6 +110,9 @@ class Signals:
             self.columns or other.columns,
             self.output_weight or other.output_weight,
             self.rope or other.rope,
+            tuple(dict.fromkeys((*self.second_pass, *other.second_pass))),
+            self.segments or other.segments,
+            tuple(dict.fromkeys((*self.powers, *other.powers))),
         )
 
     def __str__(self) -> str:
@@ -66,6 +124,9 @@ class Signals:
                 (self.columns, "attention column sums"),
                 (self.output_weight, "output projection"),
                 (self.rope, "rotary embedding"),
+                (bool(self.second_pass), "a second pass over the context"),
+                (self.segments, "segments of the text"),
+                (bool(self.powers), "sums of attention powers"),
             )
             if wanted
         ]
@@ -148,7 +209,10 @@ class LayerView:
         queries, query_positions: ``[B, HG, W, Dk]`` post-RoPE, ``[B, W]`` int64 (-1 where there is none).
         bias: ``[B, H, T]`` float32 log mass that folded entries carry on their logits, if any do.
         moments, columns, output_weight, rope: further signals; ``columns [B, H, T]`` float32, ``output_weight
-        [HG, Dv, hidden]``.
+            [HG, Dv, hidden]``.
+        second_pass: ``[B, H, T]`` float32 for each second pass that was made.
+        powers: ``[B, H, T]`` float32 for each sum of attention powers.
+        segments: ``[B, P]`` number of the segment at every true position; the last column stands for all text behind.
     """
 
     layer: int
@@ -168,6 +232,9 @@ class LayerView:
     rope: Rope | None = None
     numbers: tuple[int, ...] = ()
     bias: Tensor | None = None
+    second_pass: dict[SecondPass, Tensor] = field(default_factory=dict)
+    powers: dict[Powers, Tensor] = field(default_factory=dict)
+    segments: Tensor | None = None
     _valid: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -177,6 +244,17 @@ class LayerView:
             steps = torch.arange(self.keys.shape[2], device=self.keys.device)
             self._valid = steps < self.lengths[..., None]
         return self._valid
+
+    @property
+    def segment_of(self) -> Tensor:
+        """``[B, H, T]`` int64: the segment that each entry's token belongs to; where there is none, anything."""
+        return self.segment_at(self.positions.flatten(1)).view(self.positions.shape)
+
+    def segment_at(self, positions: Tensor) -> Tensor:
+        """The same for true positions ``[B, N]``."""
+        if self.segments is None:
+            raise ValueError("the runtime was not told the segments that were declared")
+        return self.segments.long().gather(1, positions.clamp(0, self.segments.shape[1] - 1))
 
     def tail(self, count: int) -> Tensor:
         """``[B, H, T]`` bool: the last ``count`` real entries of each head."""

@@ -134,7 +134,7 @@ def convert(label: str, value: Any, hint: Any) -> Any:
             raise OptionError(f"option {label}={value!r} is not valid. Valid: {', '.join(map(str, args))}.")
         return value
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = value.split(",") if isinstance(value, str) and value != "()" else () if value == "()" else value
         if not isinstance(items, (list, tuple)):
             raise OptionError(f"option {label}={value!r} is not a list.")
         return tuple(convert(label, item, args[0]) for item in items)

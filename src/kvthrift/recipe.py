@@ -66,7 +66,7 @@ class Recipe:
     Attributes:
         name: the method it came from, or one of your own.
         scorer: which entries matter.
-        budget: how much is kept in all; None keeps everything.
+        budget: how much is kept in all; None keeps everything, or what ``layers`` finds to be enough.
         layers, heads: how the room is shared out over layers, and over the heads of a layer.
         unit: what is kept or dropped together.
         refine: a second look at the ranking once budgets are known.
@@ -93,7 +93,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require(self.reuse >= 1, f"reuse={self.reuse} must be at least 1 layer.")
-        if self.reuse > 1 and self.layers.scope == "model":
+        if self.reuse > 1 and (self.layers.scope != "layer" or self.layers.decides):
             raise RecipeError(
                 f"recipe {self.name}: reuse={self.reuse} copies one layer's choice to the next, but {self.layers.name} "
                 "gives each layer its own budget. Use one of the two."
@@ -103,7 +103,17 @@ class Recipe:
                 f"recipe {self.name}: unit {self.unit.name} keeps the same groups in all heads, but heads="
                 f"{self.heads.name} gives them different budgets. Set per_head on the unit, or uniform heads."
             )
+        if self.layers.gives_heads and not (self.heads.uniform and not self.unit.shared):
+            raise RecipeError(
+                f"recipe {self.name}: layers={self.layers.name} gives every head its own budget, which heads="
+                f"{self.heads.name} or a unit that all heads share would undo. Use one of the two."
+            )
         self.merge.check(self.scorer)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether anything may go: there is a budget, or the layers find their own."""
+        return self.budget is not None or self.layers.decides
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -115,7 +125,7 @@ class Recipe:
     def needs(self) -> Signals:
         """Every signal that any part declares."""
         out = Signals(rope=self.rerotate)
-        for part in (self.scorer, self.layers, self.heads, self.refine):
+        for part in (self.scorer, self.layers, self.heads, self.unit, self.refine):
             if part is not None:
                 out = out | part.needs
         return out
@@ -198,12 +208,16 @@ class Recipe:
         plain = self.plain()
         skipped = ("format", "name", "budget", "scorer")
         rest = [f"{key}={_line(getattr(self, key))}" for key in plain if key not in skipped]
-        budget = f"budget={self.budget or 'everything'}"
+        budget = f"budget={self.budget or self._unbounded}"
         return f"{self.name}: {self.scorer} | {', '.join([budget, *rest])}"
+
+    @property
+    def _unbounded(self) -> str:
+        return "as much as is needed" if self.layers.decides else "everything"
 
     def table(self) -> list[tuple[str, str]]:
         """Rows of (question, answer), one a part, for people to read."""
-        rows = [("keeps", str(self.budget or "everything"))]
+        rows = [("keeps", str(self.budget or self._unbounded))]
         for f in fields(self):
             if f.name not in ("name", "budget"):
                 rows.append((f.name, _line(getattr(self, f.name))))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.knowing import Letters, know
+from tests.knowing import Letters, Spelling, know, knows
 from tests.models import config, tiny
 from typer.testing import CliRunner, Result
 
-from kvthrift import Cache, method
+from kvthrift import Cache, CalibrationError, method
 from kvthrift.cli import app
 from kvthrift.cli import calibrate as verb
 
@@ -57,3 +57,27 @@ def test_bad_input_is_a_line_and_two(
     assert found.exit_code == 2
     assert said in found.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_other_methods_are_measured_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verb, "load_model", lambda *_, **__: (tiny("llama"), Spelling()))
+    knows(monkeypatch)
+    for name, shown in (("compresskv", "The 2 of 2 layers that suffer most"), ("uncomp", "Query entropy of 4 heads")):
+        out = str(tmp_path / f"{name}.safetensors")
+        found = run(name, "--out", out, "--samples", "2", "--length", "700")
+        assert found.exit_code == 0, found.output
+        assert shown in found.output
+        assert f"-m {name} -o calibration={out}" in found.output
+        Cache(config("llama"), method(name, budget=64, calibration=out))
+        assert run(name, "--out", out, "--length", "700").exit_code == 2
+        short = run(name, "--out", str(tmp_path / "x"), "--length", "50")
+        assert short.exit_code == 2
+        assert "too short" in short.stderr
+
+
+def test_a_calibration_for_another_method_is_refused(tmp_path: Path) -> None:
+    out = str(tmp_path / "x.safetensors")
+    assert run("uncomp", "--out", out, "--samples", "1", "--length", "200").exit_code == 0
+    for name in ("compresskv", "headkv"):
+        with pytest.raises(CalibrationError, match="holds a calibration of kind 'query_entropy'"):
+            method(name, calibration=out)

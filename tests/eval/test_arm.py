@@ -31,6 +31,13 @@ def test_named_controls_are_there_once() -> None:
     assert controls == {"full": True, "streamingllm@64": True, "random@64": True}
 
 
+def test_one_that_finds_its_own_budget_is_one_arm_without_one(tmp_path: Path) -> None:
+    assert names(methods="dbudgetkv,knorm", budgets="64,96")[-3:] == ["dbudgetkv@own", "knorm@64", "knorm@96"]
+    method("dbudgetkv").with_options(name="mine").save(tmp_path / "a.toml")
+    found = arms(Grid.build({"tasks": "x", "methods": "", "recipes": [str(tmp_path / "a.toml")], "budgets": "64"}))
+    assert [(arm.name, arm.budget) for arm in found] == [("full", "all"), ("mine@own", "own")]
+
+
 def test_full_alone() -> None:
     assert names(methods="full", budgets="64") == ["full"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.fitted import APART
 from tests.models import text, tiny
 
 import kvthrift
@@ -14,7 +15,7 @@ from kvthrift.eval.metrics.agreement import compare
 IDS = text(1, 150, seed=5)[0].tolist()
 ASK = text(1, 9, seed=6)[0].tolist()
 LIMIT = 14
-NAMES = [name for name in kvthrift.methods() if name not in ("full", "headkv")]
+NAMES = [name for name in kvthrift.methods() if name not in ("full", *APART)]
 
 
 def asked(recipe: Recipe) -> Decoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.fitted import APART
 from tests.live import live_bytes
 from tests.models import text, tiny
 
@@ -13,7 +14,7 @@ from kvthrift.eval.decode import Decoder, read
 from kvthrift.eval.probe import held, positions
 
 IDS = text(1, 150, seed=5)[0].tolist()
-NAMES = [name for name in kvthrift.methods() if name not in ("full", "headkv")]
+NAMES = [name for name in kvthrift.methods() if name not in ("full", *APART)]
 RECIPES = [method(name, budget=48) for name in NAMES]
 
 

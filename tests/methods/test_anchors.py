@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.fitted import fitted
 from tests.models import text, tiny
 from tests.reading import read
 from tests.views import keep, kept, layer_view, moments, plain_rope, with_signals
@@ -18,10 +19,7 @@ T = 48
 
 def recipe_for_tiny(name: str, budget: int | str) -> Recipe:
     recipe = method(name, budget=None if name == "full" else budget)
-    if isinstance(recipe.heads, TableHeads):  # a table for the tiny model's 2 layers of 2 heads
-        table = TableHeads(((0.1, 0.4), (0.3, 0.2)), protected=recipe.protect.recent)
-        recipe = recipe.with_options(heads=table)
-    return recipe
+    return fitted(recipe)  # tables for the tiny model's 2 layers of 2 heads
 
 
 @pytest.mark.parametrize("budget", [T, "100%"])

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fitted import fitted
 from tests.views import layer_view, with_signals
 
 from kvthrift import KvthriftError, OptionError, Recipe, UnknownNameError, method, methods
-from kvthrift.allocate import TableHeads
-from kvthrift.runtime.compress import choose
+from kvthrift.runtime.compress import choose, protected_entries
 
 OPTIONS = [(m.name, option) for m in methods().values() for option in m.options]
 IDS = [f"{name}-{option.name}" for name, option in OPTIONS]
@@ -83,18 +83,24 @@ def runs(recipe: Recipe) -> None:
     """The recipe's parts run on a layer and keep what they should."""
     per_head = recipe.protect.entries + 12
     window = max(recipe.needs.window, 1)
-    view = with_signals(layer_view(heads=2, group=2, entries=per_head + 40, window=window, layers=2))
+    plain = layer_view(heads=2, group=2, entries=per_head + 40, window=window, layers=2)
+    view = with_signals(plain, needs=recipe.needs)
     scores = recipe.scorer.score(view).float()
     assert scores.isfinite().all()
     mean = torch.tensor([per_head])
     if recipe.layers.scope == "model":
         assert recipe.layers.weight(view, scores).isfinite().all()
         totals = mean
+    elif recipe.layers.decides:
+        totals = recipe.layers.stop(view, scores, protected_entries(recipe, view)).clamp(max=per_head)
+    elif recipe.layers.scope == "joint":
+        protected = protected_entries(recipe, view)
+        totals = recipe.layers.share([scores.masked_fill(protected, float("inf"))], mean)[0]
     else:
         totals = recipe.layers.total(view, mean, recipe.protect.entries)
     keep = choose(recipe, view, scores, totals)
     assert int(keep.sum(dim=-1).min()) >= 1
-    assert int(keep.sum()) <= 2 * int(totals)
+    assert int(keep.sum()) <= (2 * int(totals) if totals.ndim == 1 else int(totals.sum()))
 
 
 NUMBERS = [(n, o) for n, o in OPTIONS if takes(n, o.name, int) or takes(n, o.name, float)]
@@ -112,16 +118,9 @@ def test_an_absurd_number_is_refused_or_honoured_and_never_a_crash(name: str, op
     assert value == value, "nan is no option's value"
     if value < 0:
         assert option.name == "seed", "nothing but a seed may be negative"
-    if isinstance(recipe.heads, TableHeads):
-        recipe = recipe.with_options(
-            heads=TableHeads(((0.1, 0.9), (0.5, 0.5)), recipe.heads.beta, recipe.protect.recent)
-        )
-    runs(recipe)
+    runs(fitted(recipe))
 
 
 @pytest.mark.parametrize("name", [n for n in methods() if n != "full"])
 def test_a_method_runs_with_its_defaults(name: str) -> None:
-    recipe = method(name, budget=64)
-    if isinstance(recipe.heads, TableHeads):
-        recipe = recipe.with_options(heads=TableHeads(((0.1, 0.9), (0.5, 0.5)), protected=recipe.protect.recent))
-    runs(recipe)
+    runs(fitted(method(name, budget=64)))

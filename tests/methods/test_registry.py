@@ -32,20 +32,29 @@ PROTECTED = {
     "adakv": Protect(0, 32),
     "cake": Protect(0, 32),
     "chunkkv": Protect(0, 8),
+    "compresskv": Protect(0, 8),
     "criticalkv": Protect(0, 32),
+    "dbudgetkv": Protect(4, 0),
+    "evolkv": Protect(0, 32),
     "expected_attention": Protect(4, 0),
     "full": Protect(0, 0),
     "h2o": Protect(0, 32),
     "headkv": Protect(0, 32),
     "keydiff": Protect(0, 0),
     "knorm": Protect(0, 0),
+    "kv_compress": Protect(0, 8),
+    "kvcompose": Protect(0, 0),
+    "kvzip": Protect(4, 0),
     "lagkv": Protect(4, 0),
     "lava": Protect(0, 32),
     "pyramidkv": Protect(0, 8),
     "random": Protect(4, 32),
+    "sablock": Protect(0, 8),
     "snapkv": Protect(0, 32),
     "streamingllm": Protect(4, 0),
+    "task_kv": Protect(0, 0),
     "tova": Protect(0, 1),
+    "uncomp": Protect(0, 8),
 }
 
 
@@ -54,7 +63,11 @@ def test_a_method_protects_what_its_paper_does(name: str, wanted: Protect) -> No
     assert method(name).protect == wanted
 
 
-@pytest.mark.parametrize("name", ["adakv", "cake", "chunkkv", "h2o", "headkv", "lava", "pyramidkv", "snapkv"])
+WINDOWED = ["adakv", "cake", "chunkkv", "compresskv", "h2o", "headkv", "lava", "pyramidkv", "sablock", "snapkv"]
+WINDOWED += ["evolkv", "uncomp"]
+
+
+@pytest.mark.parametrize("name", WINDOWED)
 def test_the_window_asked_is_the_window_kept(name: str) -> None:
     option = {"adakv": {}, "h2o": {"recent": 17}}.get(name, {"window": 17})
     recipe = method(name, **option)

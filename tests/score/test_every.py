@@ -14,7 +14,8 @@ LENGTHS = [[300, 17, 261], [9, 5, 12]]
 
 def busy_view(scorer: Scorer) -> LayerView:
     window = max(scorer.needs.window, 1)
-    return with_signals(layer_view(batch=2, heads=3, group=2, lengths=LENGTHS, seen=400, window=window))
+    plain = layer_view(batch=2, heads=3, group=2, lengths=LENGTHS, seen=400, window=window)
+    return with_signals(plain, needs=scorer.needs)
 
 
 @pytest.mark.parametrize("scorer", scorers(), ids=lambda s: s.name)
@@ -55,6 +56,12 @@ def test_a_scorer_declares_every_signal_it_reads(scorer: Scorer) -> None:
         view.columns = None
     if not needs.rope:
         view.rope = None
+    if not needs.powers:
+        view.powers = {}
+    if not needs.second_pass:
+        view.second_pass = {}
+    if not needs.segments:
+        view.segments = None
     view.output_weight = None
     scorer.score(view)
 

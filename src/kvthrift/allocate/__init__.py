@@ -4,18 +4,33 @@ Two questions, two kinds of part, combined freely. Knows nothing of how scores a
 """
 
 from kvthrift.allocate.base import HeadAllocator, LayerAllocator, UniformHeads, UniformLayers
+from kvthrift.allocate.groups import GroupHeads
 from kvthrift.allocate.heads import AdaptiveHeads, TableHeads
+from kvthrift.allocate.joint import CompositeLayers, PoolLayers
 from kvthrift.allocate.layers import EntropyLayers, PreferenceLayers, PyramidLayers
+from kvthrift.allocate.listed import BudgetLayers
+from kvthrift.allocate.pages import PageLayers
+from kvthrift.allocate.semantic import SemanticHeads
 from kvthrift.allocate.share import share_out
+from kvthrift.allocate.stop import LossStop
+from kvthrift.allocate.table import TableLayers
 
 __all__ = [
     "AdaptiveHeads",
+    "BudgetLayers",
+    "CompositeLayers",
     "EntropyLayers",
+    "GroupHeads",
     "HeadAllocator",
     "LayerAllocator",
+    "LossStop",
+    "PageLayers",
+    "PoolLayers",
     "PreferenceLayers",
     "PyramidLayers",
+    "SemanticHeads",
     "TableHeads",
+    "TableLayers",
     "UniformHeads",
     "UniformLayers",
     "share_out",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,10 +20,15 @@ class LayerAllocator(Part, kind="layers"):
 
     ``scope="layer"`` answers as soon as a layer is prefilled (:meth:`total`). ``scope="model"`` weighs layers against
     each other (:meth:`weight`): the runtime cuts finished layers further as later ones are weighed, so that the whole
-    never holds more than the budget.
+    never holds more than the budget. ``scope="joint"`` sees the scores of all layers before any is cut
+    (:meth:`share`), which takes the memory of the whole uncompressed cache. ``gives_heads`` says that it then gives
+    each head its own budget. One that ``decides`` finds how much is enough (:meth:`stop`); a budget is an upper limit
+    then, and none is needed.
     """
 
-    scope: ClassVar[Literal["layer", "model"]] = "layer"
+    scope: ClassVar[Literal["layer", "model", "joint"]] = "layer"
+    gives_heads: ClassVar[bool] = False
+    decides: ClassVar[bool] = False
 
     @property
     def needs(self) -> Signals:
@@ -41,6 +47,25 @@ class LayerAllocator(Part, kind="layers"):
 
     def weight(self, view: LayerView, scores: Tensor) -> Tensor:
         """How much this layer wants, ``[B]`` float32, positive; only for ``scope="model"``."""
+        raise NotImplementedError
+
+    def share(self, contests: Sequence[Tensor], per_head: Tensor) -> list[Tensor]:
+        """Entries of every layer, int64: ``[B]`` per head, or ``[B, H]`` of each head; only for ``scope="joint"``.
+
+        Args:
+            contests: ``[B, H, T]`` for each layer: scores, ``+inf`` for protected entries, ``-inf`` where is none.
+            per_head: ``[B]`` int64, the mean over all layers, protected entries included.
+        """
+        raise NotImplementedError
+
+    def stop(self, view: LayerView, scores: Tensor, protected: Tensor) -> Tensor:
+        """Entries per head that are enough for this layer, ``[B]`` int64; only for one that ``decides``.
+
+        Args:
+            view: the layer.
+            scores: ``[B, H, T]``; the lowest go first.
+            protected: ``[B, H, T]`` bool, those that never go.
+        """
         raise NotImplementedError
 
 
@@ -65,7 +90,7 @@ class HeadAllocator(Part, kind="heads"):
         Args:
             scores: ``[B, H, T]``: ``+inf`` for protected entries, ``-inf`` where there is none.
             per_head: ``[B]`` int64, the layer's mean.
-            view: the layer; only sizes and positions may be read.
+            view: the layer; only sizes, positions and the signals that are declared may be read.
         """
 
 

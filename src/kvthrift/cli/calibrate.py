@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from kvthrift.calibrate import Artefact, check_free
 from kvthrift.cli import options as o
@@ -16,8 +18,9 @@ from kvthrift.cli.progress import Bars
 from kvthrift.errors import UnknownNameError
 from kvthrift.integrations.transformers.calibrate import measure_heads
 from kvthrift.integrations.transformers.loading import load_model
+from kvthrift.integrations.transformers.measuring import measure_entropy, measure_retrieval
 
-METHODS = ("headkv",)
+METHODS = {"headkv": measure_heads, "compresskv": measure_retrieval, "uncomp": measure_entropy}
 SHOWN = 10
 
 Method = Annotated[str, typer.Argument(metavar="METHOD", help=f"What to measure for: {', '.join(METHODS)}.")]
@@ -25,7 +28,7 @@ Out = Annotated[
     Path,
     typer.Option("--out", metavar="FILE", help="The file to write (.safetensors).", rich_help_panel=o.OUTPUT),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Needle tests to take.", rich_help_panel=o.TEXT)]
+Samples = Annotated[int, typer.Option(min=1, help="Needle tests or passages to take.", rich_help_panel=o.TEXT)]
 Length = Annotated[int, typer.Option(min=1, help="Tokens of each test.", rich_help_panel=o.TEXT)]
 Seed = Annotated[int, typer.Option(help="Another one makes other tests.", rich_help_panel=o.TEXT)]
 Text = Annotated[
@@ -54,10 +57,10 @@ def calibrate(
     force: Force = False,
     debug: o.Debug = False,
 ) -> None:
-    """Measure how much each attention head of a model matters, for methods that share room out by it.
+    """Measure a model once, for methods that share room out or choose by what its heads and layers are good for.
 
-    Takes one forward pass a test. A run that is cut short keeps its results beside FILE, and goes on from them
-    when it is started again.
+    Takes a forward pass a test, and for compresskv some words that the model says. A run that is cut short keeps its
+    results beside FILE, and goes on from them when it is started again.
     """
     if method not in METHODS:
         raise UnknownNameError("method to calibrate for", method, METHODS)
@@ -66,7 +69,7 @@ def calibrate(
     with Bars(shown=True) as bars:
         where = None if device == "auto" else device
         llm, tokenizer = load_model(model, dtype=dtype, device=where, progress=bars.stage)
-        found = measure_heads(
+        found = METHODS[method](
             llm, tokenizer, out,
             samples=samples, length=length, seed=seed, text=filler, force=force, progress=bars.stage,
         )  # fmt: skip
@@ -74,20 +77,47 @@ def calibrate(
 
 
 def _show(console: Console, found: Artefact, out: Path) -> None:
-    """The heads that matter most, and where the file is."""
-    importance = found.tensors["importance"]
+    """What the measurement says of heads or layers, and where the file is."""
+    facts = found.meta.provenance
+    if "importance" in found.tensors:
+        _show_heads(console, found.tensors["importance"])
+        said = (
+            f"{facts['counted']} of {facts['steps']} answer tokens, those that the model found, in {facts['samples']}"
+        )
+        console.print(f"Measured on {said} tests.")
+    elif "layer_error" in found.tensors:
+        _show_layers(console, found.tensors["heads"], found.tensors["layer_error"])
+        console.print(f"Heads ranked by {facts['found']} of {facts['samples']} tests, those that the model answered.")
+    else:
+        _show_entropy(console, found.tensors["entropy"].mean(dim=0))
+        console.print(f"Measured on {facts['samples']} passages of {facts['length']} tokens.")
+    console.print(f"Written to {out}; use it with -m {found.meta.method} -o calibration={out}", soft_wrap=True)
+
+
+def _show_heads(console: Console, importance: Tensor) -> None:
     order = importance.flatten().argsort(descending=True, stable=True)[:SHOWN].tolist()
     console.print(f"The {len(order)} most important of {importance.numel()} KV heads")
+    rows = [(*divmod(place, importance.shape[1]), f"{importance.flatten()[place]:.1%}") for place in order]
+    console.print(_table(("layer", "head", "importance"), rows))
+
+
+def _show_layers(console: Console, heads: Tensor, errors: Tensor) -> None:
+    order = errors.argsort(descending=True, stable=True)[:SHOWN].tolist()
+    console.print(f"The {len(order)} of {len(errors)} layers that suffer most from eviction")
+    rows = [(n, f"{errors[n]:.1%}", ", ".join(map(str, heads[n, :4].tolist()))) for n in order]
+    console.print(_table(("layer", "share of the error", "its best query heads"), rows))
+
+
+def _show_entropy(console: Console, entropy: Tensor) -> None:
+    console.print(f"Query entropy of {entropy.shape[1]} heads in {len(entropy)} layers")
+    rows = [(n, f"{row.min():.3f}", f"{row.mean():.3f}", f"{row.max():.3f}") for n, row in enumerate(entropy)]
+    console.print(_table(("layer", "lowest", "mean", "highest"), rows))
+
+
+def _table(columns: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> Table:
     table = Table()
-    for column in ("layer", "head", "importance"):
+    for column in columns:
         table.add_column(column, justify="right")
-    for place in order:
-        layer, head = divmod(place, importance.shape[1])
-        table.add_row(str(layer), str(head), f"{importance[layer, head]:.1%}")
-    console.print(table)
-    facts = found.meta.provenance
-    console.print(
-        f"Measured on {facts['counted']} of {facts['steps']} answer tokens, those that the model found, "
-        f"in {facts['samples']} tests."
-    )
-    console.print(f"Written to {out}; use it with -m {found.meta.method} -o calibration={out}", soft_wrap=True)
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table

@@ -137,7 +137,7 @@ def check_window(prompt: Prompt, recipe: Recipe) -> None:
         ContextError: with both numbers.
     """
     window = recipe.needs.window
-    if recipe.budget is not None and prompt.context_tokens < window:
+    if recipe.compresses and prompt.context_tokens < window:
         raise ContextError(
             f"the context has {prompt.context_tokens} tokens, fewer than the window of {window} newest queries that "
             f"{recipe.name} looks at, so there is nothing to choose from. Give a longer text or a smaller window."
@@ -164,7 +164,9 @@ def measure(
     with ExitStack() as bar:
         bar.enter_context(bars.reading(f"Reading, {label}", model, task.passes))
         began = perf_counter()
-        cache = _read(model, ids[:, : task.split], task, recipe)
+        cache = _read(model, tokenizer, ids[:, : task.split], task, recipe)
+        if not task.split:
+            cache.tell(ids, tokenizer=tokenizer)
         seconds = perf_counter() - began
 
         def on_token(_: int) -> None:
@@ -190,7 +192,7 @@ def warm_up(model: PreTrainedModel, prompt: Prompt) -> None:
     greedy(model, prompt.ids[:, :WARM_UP_TOKENS].to(model.device), Cache(model.config, "full"), 3)
 
 
-def _read(model: PreTrainedModel, ids: Tensor, task: Task, recipe: Recipe) -> Cache:
+def _read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, task: Task, recipe: Recipe) -> Cache:
     if not task.split:
         return Cache(model.config, recipe, page=task.page)
-    return prefill(model, ids, recipe, chunk=task.chunk, page=task.page)
+    return prefill(model, ids, recipe, chunk=task.chunk, page=task.page, tokenizer=tokenizer)

@@ -49,7 +49,9 @@ class Seen:
     @property
     def name(self) -> str:
         """Method and budget."""
-        return FULL if self.recipe.budget is None else f"{self.recipe.name}@{self.recipe.budget}"
+        if not self.recipe.compresses:
+            return FULL
+        return f"{self.recipe.name}@{self.recipe.budget}" if self.recipe.budget else self.recipe.name
 
     @property
     def entries(self) -> int:
@@ -158,11 +160,11 @@ def inspect_prompt(
     tokens = pieces(tokenizer, ids[:stop])
     place = None if find is None else Place.given_by(find, tokens)
     arms: list[Seen] = []
-    for recipe, cache, logits in _caches(model, task, stop, recipes, bars):
+    for recipe, cache, logits in _caches(model, tokenizer, task, stop, recipes, bars):
         size, where = held(cache), layout(cache, stop)
         first = logits if stop == len(ids) else feed(model, cache, ids[stop:])
         assert first is not None
-        name = FULL if recipe.budget is None else recipe.name
+        name = recipe.name if recipe.compresses else FULL
         with bars.decoding(f"Decoding, {name}", task.max_new_tokens) as tick:
             decoder = _Told(model, cache, [first], keeps=False, tick=tick)
             found = answer(decoder, task.max_new_tokens, ends_of(model, tokenizer)).tokens
@@ -187,18 +189,24 @@ class _Told(Decoder):
 
 
 def _caches(
-    model: PreTrainedModel, task: Task, stop: int, recipes: Sequence[Recipe], bars: Bars
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    stop: int,
+    recipes: Sequence[Recipe],
+    bars: Bars,
 ) -> Iterator[tuple[Recipe, Cache, Tensor | None]]:
     """A cache compressed under each recipe, and the full one last; with the logits ``[V]`` behind what was read."""
     full = method("full")
     if task.chunk is None:
         with bars.reading("Reading", model, 1):
-            shared = read(model, task.prompt.ids[0, :stop].tolist(), full, page=task.page, observe=recipes)
+            ids = task.prompt.ids[0, :stop].tolist()
+            shared = read(model, ids, full, page=task.page, observe=recipes, tokenizer=tokenizer)
         for recipe in (*recipes, full):
             yield recipe, shared.cache.compressed(recipe), shared.logits
         return
     for recipe in (*recipes, full):
         with bars.reading(f"Reading, {recipe.name}", model, task.passes - 1):
-            ids = task.prompt.ids[:, :stop].to(model.device)
-            cache = prefill(model, ids, recipe, chunk=task.chunk, page=task.page)
+            given = task.prompt.ids[:, :stop].to(model.device)
+            cache = prefill(model, given, recipe, chunk=task.chunk, page=task.page, tokenizer=tokenizer)
         yield recipe, cache, None

@@ -1,7 +1,9 @@
 """Texts and calibrations that are shipped with the package. Knows nothing of models or tokens."""
 
+import tomllib
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from typing import Any
 
 
 def demo_text() -> str:
@@ -14,3 +16,10 @@ def calibrations(method: str) -> dict[str, Traversable]:
     prefix, suffix = f"{method}-", ".safetensors"
     found = [item for item in files(__name__).iterdir() if item.name.startswith(prefix)]
     return {item.name[len(prefix) : -len(suffix)]: item for item in found if item.name.endswith(suffix)}
+
+
+def tuned(method: str) -> dict[str, dict[str, Any]]:
+    """The tuned recipes shipped for a method, in plain form: name -> recipe."""
+    prefix, suffix = f"{method}-", ".toml"
+    found = [item for item in files(__name__).iterdir() if item.name.startswith(prefix) and item.name.endswith(suffix)]
+    return {item.name[len(prefix) : -len(suffix)]: tomllib.loads(item.read_text(encoding="utf-8")) for item in found}

@@ -40,8 +40,8 @@ class Arm:
 
     @property
     def budget(self) -> str:
-        """As it was asked for; "all" for the full cache."""
-        return str(self.recipe.budget or "all")
+        """As it was asked for; "all" for the full cache, "own" for one that finds its own."""
+        return str(self.recipe.budget or ("own" if self.recipe.compresses else "all"))
 
 
 def arms(grid: Grid) -> tuple[Arm, ...]:
@@ -84,17 +84,23 @@ def redrawn(arm: Arm, label: str) -> Arm:
 
 def _methods(grid: Grid) -> Iterator[Arm]:
     for name in grid.methods:
-        if name != FULL:
+        own = _arm(name, grid, None, control=False) if name in methods() and name != FULL else None
+        if own is not None and own.recipe.layers.decides:
+            yield own
+        elif name != FULL:
             yield from (_arm(name, grid, Budget.parse(text), control=name in CONTROLS) for text in grid.budgets)
 
 
-def _arm(name: str, grid: Grid, budget: Budget, *, control: bool) -> Arm:
-    return Arm(f"{name}@{budget}", method(name, budget=budget, **grid.options.get(name, {})), control)
+def _arm(name: str, grid: Grid, budget: Budget | None, *, control: bool) -> Arm:
+    return Arm(f"{name}@{budget or 'own'}", method(name, budget=budget, **grid.options.get(name, {})), control)
 
 
 def _recipes(grid: Grid) -> Iterator[Arm]:
     for file in grid.recipes:
         recipe = Recipe.load(file)
+        if recipe.layers.decides and recipe.budget is None:
+            yield Arm(f"{recipe.name}@own", recipe)
+            continue
         budgets = [recipe.budget] if recipe.budget is not None else [Budget.parse(text) for text in grid.budgets]
         yield from (Arm(f"{recipe.name}@{budget}", recipe.with_options(budget=budget)) for budget in budgets)
 

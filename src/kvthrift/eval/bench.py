@@ -88,5 +88,5 @@ class Bench:
 
     def warm_up(self, arm: Arm) -> None:
         """A short pass and a step, so that the first sample does not pay for what is set up once."""
-        done = read(self.model, range(WARM_UP_TOKENS), arm.recipe, page=self.page)
+        done = read(self.model, range(WARM_UP_TOKENS), arm.recipe, page=self.page, tokenizer=self.tokenizer)
         feed(self.model, done.cache, [0])

@@ -18,6 +18,7 @@ from kvthrift.eval.metrics.physics import Ints
 from kvthrift.eval.probe import peaks, synchronize, watching
 from kvthrift.integrations.transformers.cache import Cache
 from kvthrift.integrations.transformers.decode import end_tokens
+from kvthrift.integrations.transformers.second_pass import finish, start
 from kvthrift.recipe import Recipe
 
 
@@ -31,17 +32,28 @@ class Read:
 
 
 def read(
-    model: PreTrainedModel, ids: Sequence[int], recipe: Recipe, *, page: int, observe: Sequence[Recipe] = ()
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    recipe: Recipe,
+    *,
+    page: int,
+    observe: Sequence[Recipe] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Read:
-    """Read a text in one pass, compressed behind it; what comes later is kept as it is."""
-    cache = Cache(model.config, recipe, page=page, observe=observe)
+    """Read a text in one pass, compressed behind it; what comes later is kept as it is.
+
+    Recipes that look twice have it fed once more, asked for in the words of ``tokenizer`` if there is one.
+    """
+    cache = start(model.config, recipe, page=page, observe=observe)
+    given = torch.tensor([list(ids)], device=model.device)
+    cache.tell(given, tokenizer=tokenizer)
     synchronize(model.device)
     began = perf_counter()
     logits = feed(model, cache, ids)
+    finish(model, cache, given, recipe, tokenizer=tokenizer)
     synchronize(model.device)
     seconds = perf_counter() - began
     cache.compact()
-    cache.state.sealed = True
     return Read(cache, logits, seconds)
 
 

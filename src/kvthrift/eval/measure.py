@@ -122,7 +122,11 @@ class Trial:
     def __init__(self, work: Work, arm: Arm) -> None:
         bench, shared = work.bench, work.shared
         self.work = work
-        self.own = None if shared else read(bench.model, work.reading.ids, arm.recipe, page=bench.page)
+        self.own = (
+            None
+            if shared
+            else read(bench.model, work.reading.ids, arm.recipe, page=bench.page, tokenizer=bench.tokenizer)
+        )
         source = self.own or shared
         assert source is not None
         self.cache: Cache = source.cache if self.own else source.cache.compressed(arm.recipe)

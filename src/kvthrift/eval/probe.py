@@ -17,6 +17,7 @@ from kvthrift.core import Signals
 from kvthrift.eval.metrics.cost import Held
 from kvthrift.eval.metrics.physics import Ints
 from kvthrift.integrations.transformers.cache import Cache
+from kvthrift.runtime.received import plane_names
 
 NOTHING = torch.empty(0)
 NEVER = 1 << 40  # decoded tokens after which a cache that does not compress while decoding would
@@ -80,7 +81,8 @@ def _foreign(cache: Cache) -> tuple[int, int]:
         if layer.store is None:
             continue
         pool, table = layer.store.pool, layer.store.table
-        planes = 0 if needs.columns else pool.planes.get("columns", NOTHING).nbytes
+        wanted = (*plane_names(needs), "bias")
+        planes = sum(plane.nbytes for name, plane in pool.planes.items() if name not in wanted)
         rope = NOTHING if layer.rope is None or needs.rope or needs.moments else layer.rope.inv_freq
         metadata += planes + rope.nbytes
         if pool.stores > 1:

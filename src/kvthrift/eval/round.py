@@ -125,7 +125,8 @@ class Round:
             return None
         recipes = [arm.recipe for arm in self.arms if arm.name != FULL]
         full, page = self.arms[0].recipe, self.bench.page
-        found = attempt(lambda: read(self.bench.model, reading.ids, full, page=page, observe=recipes))
+        model, tokenizer = self.bench.model, self.bench.tokenizer
+        found = attempt(lambda: read(model, reading.ids, full, page=page, observe=recipes, tokenizer=tokenizer))
         return None if isinstance(found, Failure) else found
 
     def _given(self) -> dict[int, tuple[int, ...]]:

@@ -48,7 +48,7 @@ def work(pipe: Connection, make: Make, number: int, threads: int) -> None:
 
     FAILED, with the reason, is the last that is heard of it.
     """
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=end_with_parent, daemon=True).start()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(EXPENDABLE)
     torch.set_num_threads(threads)
@@ -78,7 +78,8 @@ def _measure(pipe: Connection, job: Job, bench: Bench, scorers: Mapping[str, Sco
     pipe.send((DONE, None))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Wait for the parent process to end, however that happens, and end this one then; for a thread of a child."""
     parent = mp.parent_process()
     if parent is not None:
         parent.join()

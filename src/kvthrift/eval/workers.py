@@ -112,9 +112,9 @@ class _Shift:
     def _start(self, job: Job, strikes: int) -> None:
         context = mp.get_context("spawn")  # a fork of a process that uses a GPU cannot use it
         ours, theirs = context.Pipe()
-        threads = max(1, _cores() // self.crew.count)
+        threads = max(1, cores() // self.crew.count)
         process = context.Process(target=work, args=(theirs, self.crew.make, self.started, threads), daemon=True)
-        with _uninterrupted():
+        with uninterrupted():
             process.start()
         theirs.close()
         self.started += 1
@@ -170,12 +170,13 @@ class _Shift:
             self.again.append((job, strikes))
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """What is started inside never hears Ctrl-C, which is for the parent; it ends its workers by itself."""
     resource_tracker.ensure_running()  # whose own start would undo the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

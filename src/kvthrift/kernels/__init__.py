@@ -6,7 +6,7 @@ device. Knows nothing of recipes, pages or models.
 
 from kvthrift.kernels.attention import attend
 from kvthrift.kernels.merge import merge
-from kvthrift.kernels.observe import column_sums, entry_attention, window_attention
+from kvthrift.kernels.observe import column_sums, entry_attention, power_sums, received_attention, window_attention
 from kvthrift.kernels.paged import Paged, ReadPlan, paged_append, paged_attend, plan_read, unfit
 
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "paged_append",
     "paged_attend",
     "plan_read",
+    "power_sums",
+    "received_attention",
     "unfit",
     "window_attention",
 ]

@@ -50,11 +50,11 @@ def check_floor(recipe: Recipe, per_head: Tensor) -> None:
 
 
 def choose(recipe: Recipe, view: LayerView, scores: Tensor, per_head: Tensor) -> Tensor:
-    """Which entries of a layer stay, ``[B, H, T]`` bool, given the layer's entries per head ``[B]``."""
+    """Which entries of a layer stay, ``[B, H, T]`` bool, given its entries per head ``[B]`` or of each ``[B, H]``."""
     protected = protected_entries(recipe, view)
     contest = scores.masked_fill(protected, float("inf")).masked_fill(~view.valid, float("-inf"))
-    counts = recipe.heads.split(contest, per_head, view)
-    counts = torch.maximum(counts, protected.sum(dim=-1))
+    counts = recipe.heads.split(contest, per_head, view) if per_head.ndim == 1 else per_head
+    counts = torch.minimum(torch.maximum(counts, protected.sum(dim=-1)), view.lengths)
     if recipe.refine is not None:
         scores = recipe.refine.refine(scores, counts, protected, view)
     keep = recipe.unit.select(scores, counts, protected, view)

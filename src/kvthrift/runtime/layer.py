@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kvthrift import kernels
-from kvthrift.core import LayerShape, LayerView, ModuleFacts, Rope
+from kvthrift.core import LayerShape, LayerView, ModuleFacts, Rope, SecondPass
 from kvthrift.errors import CacheStateError, ModelMismatchError
+from kvthrift.runtime import received
 from kvthrift.runtime.compress import Kept, check_floor, choose, gather
 from kvthrift.runtime.observe import QueryStatistics, QueryWindow
 from kvthrift.runtime.step import Step
@@ -43,6 +44,7 @@ class LayerCache:
         self.rope: Rope | None = None
         self.window: QueryWindow | None = None
         self.statistics: QueryStatistics | None = None
+        self.second_pass: dict[SecondPass, Tensor] = {}  # [B, H, T] each, of a context that is whole
         self.chosen: Tensor | None = None  # what the last compression kept, for layers that reuse it
 
     # -- one forward pass ----------------------------------------------------------------------------------------
@@ -64,13 +66,15 @@ class LayerCache:
         """
         self.scale, self.group = scale, q.shape[1] // k.shape[1]
         store = self.store_for(state, q, k, v)
-        if state.due(self) and store.longest:
-            self._compress(state, self._stored_view(state, state.columns.seen(k.shape[0])), facts)
+        if state.look is not None:
+            return state.look.attend(state.layers.index(self), self, q, k, v, scale)
+        if state.due(self) and store.longest and state.recipe.layers.scope != "joint":
+            self._compress(state, self.stored_view(state), facts)
         if step.length == 1 and not step.padded:
             return self._decode(state, q, k, v, step, facts)
         q, k, v = step.pack(q), step.pack(k), step.pack(v)
         past = store.longest > 0
-        own = kernels.attend(q, k, v, scale=scale, causal=True, need_lse=past or self._counts_columns(state))
+        own = kernels.attend(q, k, v, scale=scale, causal=True, need_lse=past or self._counts(state))
         if past:
             view = store.read()
             stored = kernels.attend(q, view.keys, view.values, scale=scale, bias=view.bias, need_lse=True)
@@ -91,10 +95,9 @@ class LayerCache:
             out = kernels.attend(q, view.keys, view.values, scale=self.scale, bias=view.bias, verbatim=whole).out
         if not self.whole and state.recipe.trigger.every is not None:
             self._observe(state, q, step, facts)
-            if self._counts_columns(state):
-                keys, valid = store.read().keys, store.valid()
-                received = kernels.entry_attention(q, keys, valid=valid, scale=self.scale, bias=store.mass())
-                store.write("columns", store.plane("columns") + received)
+            if self._counts(state):
+                for name, more in received.of_step(state.observes, store, q, step, self.scale).items():
+                    store.write(name, store.plane(name) + more)
         return out
 
     def _take_in(
@@ -103,11 +106,14 @@ class LayerCache:
         """Append a pass over several tokens, compressing if it is a prompt."""
         store = self.store_for(state, q, k, v)
         fires = state.is_prompt(step) and not self.whole
+        if fires and state.recipe.layers.scope == "joint":
+            fires = state.postpone()
         planes: dict[str, Tensor] = {}
         if not store.longest:
             view = self._fresh_view(state, k, v, step)
-            if self._counts_columns(state):
-                view.columns = planes["columns"] = self._columns(view, q, lse, step)
+            if self._counts(state):
+                planes = received.of_pass(state.observes, view, q, lse, step)
+                received.show(view, state.observes, planes)
             state.meter.saw(state.held + _bytes(k, v))
             if fires and self._compress(state, view, facts):
                 return
@@ -116,25 +122,28 @@ class LayerCache:
         self.since += step.length
         state.meter.saw(state.held + _bytes(k, v))
         seen = step.start + step.counts
-        if self._counts_columns(state) and not planes:
-            grown = store.plane("columns") + self._columns(self._stored_view(state, seen), q, lse, step)
-            store.write("columns", grown)
+        if self._counts(state) and not planes:
+            view = self._stored_view(state, seen)
+            for name, more in received.of_pass(state.observes, view, q, lse, step).items():
+                store.write(name, store.plane(name) + more)
         if fires:
             self._compress(state, self._stored_view(state, seen), facts)
 
-    def _counts_columns(self, state: CacheState) -> bool:
-        return state.observes.columns and not self.whole
+    def _counts(self, state: CacheState) -> bool:
+        return bool(received.plane_names(state.observes)) and not self.whole
 
     # -- compression ---------------------------------------------------------------------------------------------
 
     def _compress(self, state: CacheState, view: LayerView, facts: ModuleFacts) -> bool:
         """Cut the layer to its budget; False if everything fits (then nothing is stored)."""
         recipe, store = state.recipe, self.store
-        if store is None or recipe.budget is None or self.whole:
+        if store is None or not recipe.compresses or self.whole:
             return False
         per_head = state.per_head(view, store)
         self.since = 0
         fits = view.seen <= per_head  # [B]; of a longer text a layer may have to hold less than its heads' mean
+        if recipe.budget is None:  # how much stays is for the layer to find
+            fits = torch.zeros_like(fits)
         if bool(fits.all()):
             return False
         with state.meter.compressing(view.keys.device):
@@ -150,7 +159,7 @@ class LayerCache:
                 keep = choose(recipe, view, scores, totals)
                 keep = torch.where(fits[:, None, None], view.valid, keep)
             self.chosen = keep if recipe.reuse > 1 else None
-            if recipe.layers.scope == "layer" and torch.equal(keep, view.valid):
+            if recipe.layers.scope != "model" and torch.equal(keep, view.valid):
                 return False
             state.meter.compressions += 1
             if scores is not None and recipe.layers.scope == "model":
@@ -166,10 +175,32 @@ class LayerCache:
         """Cut what is held to the recipe's budget, outside a forward pass."""
         if self.store is None or not self.store.longest:
             return
-        view = self._stored_view(state, state.columns.seen(self.store.batch))
-        if not state.observes.columns:
-            view.columns = None
-        self._compress(state, view, facts)
+        self._compress(state, self.stored_view(state), facts)
+
+    def score(self, state: CacheState, facts: ModuleFacts) -> Tensor:
+        """Importance ``[B, H, T]`` of what is held, between forward passes."""
+        view = self.stored_view(state)
+        self._ask(state, view, facts)
+        return state.recipe.scorer.score(view).float()
+
+    def cut_to(self, state: CacheState, scores: Tensor, counts: Tensor, fits: Tensor, facts: ModuleFacts) -> None:
+        """Hold as many entries as were granted, between forward passes.
+
+        Args:
+            scores: ``[B, H, T]`` of what is held.
+            counts: entries per head ``[B]``, which the recipe then splits, or of each head ``[B, H]``.
+            fits: ``[B]`` bool, the sequences that stay whole.
+            facts: what the layer's module can tell.
+        """
+        view = self.stored_view(state)
+        self._ask(state, view, facts)
+        keep = torch.where(fits[:, None, None], view.valid, choose(state.recipe, view, scores, counts))
+        if torch.equal(keep, view.valid):
+            return
+        state.meter.compressions += 1
+        kept = gather(state.recipe, view, keep, scores, self._planes(state, view))
+        state.meter.saw(state.held + 2 * _bytes(kept.keys, kept.values))
+        self._hold(kept)
 
     def cut(self, state: CacheState, per_head: Tensor) -> None:
         """Cut an already compressed layer further, by the scores it was compressed with; ``per_head [B]``."""
@@ -195,7 +226,8 @@ class LayerCache:
     def _planes(self, state: CacheState, view: LayerView) -> dict[str, Tensor]:
         planes = {}
         if view.columns is not None:
-            planes["columns"] = view.columns
+            planes[received.COLUMNS] = view.columns
+        planes |= {wanted.plane: sums for wanted, sums in view.powers.items()}
         if state.recipe.merge.biased:
             store = self.store
             held = store is not None and store.longest and "bias" in store.pool.planes
@@ -214,6 +246,11 @@ class LayerCache:
         lengths = torch.from_numpy(step.counts).to(k.device)[:, None].expand(b, h)
         return self._view(state, k, v, positions, lengths, step.seen)
 
+    def stored_view(self, state: CacheState) -> LayerView:
+        """What parts see of the entries held between forward passes."""
+        batch = 0 if self.store is None else self.store.batch
+        return self._stored_view(state, state.columns.seen(batch))
+
     def _stored_view(self, state: CacheState, seen: object) -> LayerView:
         store = self.store
         if store is None:
@@ -223,8 +260,8 @@ class LayerCache:
         view = self._view(
             state, read.keys, read.values, store.positions(), lengths, torch.as_tensor(seen).to(store.device)
         )
-        if "columns" in store.pool.planes:
-            view.columns = store.plane("columns")
+        names = [name for name in received.plane_names(state.observes) if name in store.pool.planes]
+        received.show(view, state.observes, {name: store.plane(name) for name in names})
         view.bias = store.mass()
         return view
 
@@ -245,21 +282,8 @@ class LayerCache:
             query_positions=None if self.window is None else self.window.positions,
             moments=None if self.statistics is None else self.statistics.moments,
             numbers=state.numbers,
-        )
-
-    def _columns(self, view: LayerView, q: Tensor, lse: Tensor | None, step: Step) -> Tensor:
-        if lse is None:
-            raise ValueError("column sums need the log-sum-exp of the attention they are sums of")
-        positions = step.positions.masked_fill(~step.real, -1) if step.padded else step.positions
-        return kernels.column_sums(
-            q,
-            view.keys,
-            q_positions=positions,
-            k_positions=view.positions,
-            valid=view.valid,
-            scale=self.scale,
-            lse=lse,
-            bias=view.bias,
+            second_pass=self.second_pass,
+            segments=None if state.segments is None else state.segments.to(k.device),
         )
 
     def _ask(self, state: CacheState, view: LayerView, facts: ModuleFacts) -> None:
@@ -295,7 +319,7 @@ class LayerCache:
         """
         shape = LayerShape(k.shape[1], q.shape[1], k.shape[-1], v.shape[-1])
         if self.store is None:
-            planes = ("columns",) if self._counts_columns(state) else ()
+            planes = received.plane_names(state.observes) if self._counts(state) else ()
             self.store = LayerStore(shape, k.shape[0], k.dtype, k.device, page=state.page, planes=planes)
         store = self.store
         if store.shape != shape or store.batch != k.shape[0] or store.pool.keys.dtype != k.dtype:
@@ -312,18 +336,21 @@ class LayerCache:
             self.store.forget(("score",))
         if not keep_observations:
             self.window = self.statistics = None
+            self.second_pass = {}
 
     @property
     def bytes(self) -> int:
         """Bytes held: store, observations, and what the module told."""
         held = self.store.bytes if self.store is not None else 0
         held += 0 if self.rope is None else _bytes(self.rope.inv_freq)
+        held += _bytes(*self.second_pass.values())
         return held + sum(part.bytes for part in (self.window, self.statistics) if part is not None)
 
     def rewind(self, limits: Tensor) -> None:
         """Forget every token at position ``limits [B]`` or later."""
         if self.store is not None:
             self.store.rewind(limits)
+            self.second_pass = {wanted: x[..., : self.store.longest] for wanted, x in self.second_pass.items()}
         if self.window is not None:
             self.window.rewind(limits)
 
@@ -334,6 +361,7 @@ class LayerCache:
         other.scale, other.group, other.since, other.rope = self.scale, self.group, self.since, self.rope
         other.window = None if self.window is None else self.window.fork()
         other.statistics = None if self.statistics is None else self.statistics.fork()
+        other.second_pass = dict(self.second_pass)
         return other
 
 

@@ -54,6 +54,13 @@ class CacheReport:
         """Bytes held as a share of the uncompressed cache's."""
         return self.bytes / self.full_bytes if self.full_bytes else 1.0
 
+    @property
+    def kept(self) -> float:
+        """Entries a head as a share of the tokens read, mean over layers, those left whole among them."""
+        tokens = sum(self.tokens) / max(len(self.tokens), 1)
+        means = [row.mean for row in self.layers if row.heads]
+        return sum(means) / len(means) / tokens if means and tokens else 1.0
+
     def plain(self) -> dict[str, Any]:
         """This report as plain data."""
         return asdict(self) | {"share": self.share}

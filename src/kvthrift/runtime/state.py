@@ -12,13 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvthrift.core import LayerView, ModuleFacts, Signals
+from kvthrift.core import LayerView, ModuleFacts, Signals, no_facts
 from kvthrift.errors import CacheStateError, MissingSignalError, RecipeError
 from kvthrift.recipe import Recipe
-from kvthrift.runtime.compress import check_floor, layer_totals
+from kvthrift.runtime.compress import check_floor, layer_totals, protected_entries
 from kvthrift.runtime.fixed import FixedSteps
+from kvthrift.runtime.joint import compress_jointly
 from kvthrift.runtime.layer import LayerCache
 from kvthrift.runtime.meter import Meter
+from kvthrift.runtime.received import plane_names
+from kvthrift.runtime.second_pass import SecondLook
+from kvthrift.runtime.segments import cut_segments
 from kvthrift.runtime.step import Columns, Ints, Step
 from kvthrift.store import LayerStore
 
@@ -41,10 +45,11 @@ class CacheState:
     ) -> None:
         if recipe.budget is not None and recipe.budget.unit == "entries":
             check_floor(recipe, torch.tensor([int(recipe.budget.amount)]))
+        _check_timing(recipe)
         self.recipe = recipe
         self.page = page
         self.needs: Signals = recipe.needs
-        self.observes: Signals = (recipe.needs if recipe.budget is not None else Signals()) | (observe or Signals())
+        self.observes: Signals = (recipe.needs if recipe.compresses else Signals()) | (observe or Signals())
         self.keeps_observations = observe is not None
         self.layers: list[LayerCache] = []
         index = 0
@@ -58,6 +63,10 @@ class CacheState:
         self.chunked = False  # more chunks of the same prompt are to come: keep observations
         self.sealed = False  # the context is read: later passes are questions about it, and add to it uncompressed
         self.fixed: FixedSteps | None = None  # decode steps under way whose book-keeping is the device's
+        self.segments: Tensor | None = None  # [B, P] of the text, if it was told; see segment_numbers
+        self.look: SecondLook | None = None  # a second pass is under way: nothing of it is stored
+        self._facts: dict[int, ModuleFacts] = {}  # of the pass in flight, for a compression of all layers at its end
+        self._postponed = False  # this pass ends with a compression of all layers together
         self._weights: dict[int, Tensor] = {}
         self._mean: Tensor | None = None  # entries per head the weighed layers share, [B]
         self._step: Step | None = None
@@ -89,14 +98,20 @@ class CacheState:
             )
         if place == 0:
             self._step = self.columns.step(q.shape[0], q.shape[2], mask, q.device)
+            if self.recipe.layers.scope == "joint" and self.layers and any(map(self.due, self.layers)):
+                compress_jointly(self, [no_facts("it is asked for before a layer is reached")] * len(self.layers))
         step = self._step
         if step is None:
             raise CacheStateError("a forward pass must begin at the first layer.")
         store = self.layers[place].store_for(self, q, k, v)  # refused before anything changes
         if place == 0:
             self._check_room(store, step)
+            if any(map(self.due, self.layers)):
+                self._check_segments()
         self._next = -1  # until this layer is through
         out = self.layers[place].attend(self, q, k, v, scale=scale, step=step, facts=facts)
+        if self.recipe.layers.scope == "joint":
+            self._facts[place] = facts
         self._next = place + 1
         if self._next == len(self.layers):
             self._finish(step)
@@ -105,6 +120,11 @@ class CacheState:
     def _finish(self, step: Step) -> None:
         self.columns.advance(step)
         self._next, self._step = 0, None
+        facts, self._facts = [known for _, known in sorted(self._facts.items())], {}
+        if self._postponed:
+            self._postponed = False
+            self.meter.saw(self.held)
+            compress_jointly(self, facts)
         if self.recipe.reuse > 1:
             for layer in self.layers:
                 layer.chosen = None
@@ -113,6 +133,7 @@ class CacheState:
             keep = self.chunked or self.keeps_observations or self.recipe.trigger.every is not None
             for layer in self.layers:
                 layer.settle(keep_observations=keep)
+            self.segments = self.segments if keep else None
 
     @property
     def broken(self) -> bool:
@@ -124,7 +145,7 @@ class CacheState:
     def is_prompt(self, step: Step) -> bool:
         """Whether this pass is a prompt or a turn, rather than a few speculated tokens."""
         trigger = self.recipe.trigger
-        if self.recipe.budget is None or not trigger.prompt or self.sealed:
+        if not self.recipe.compresses or not trigger.prompt or self.sealed:
             return False
         return self.columns.length == 0 or self.prompted or step.length >= trigger.min_turn
 
@@ -132,6 +153,11 @@ class CacheState:
         """Whether so many tokens were decoded that the layer must be compressed before the next."""
         every = self.recipe.trigger.every
         return every is not None and not layer.whole and layer.since >= every
+
+    def postpone(self) -> bool:
+        """Compress all layers together when this pass is through; False, as nothing is compressed now."""
+        self._postponed = True
+        return False
 
     def per_head(self, view: LayerView, store: LayerStore) -> Tensor:
         """Entries per head that each sequence may hold on average, ``[B]`` int64."""
@@ -144,22 +170,47 @@ class CacheState:
         budget, shape = self.recipe.budget, store.shape
         if budget is None:
             return seen
-        planes = int(self.observes.columns) + int(self.recipe.merge.biased)
+        planes = len(plane_names(self.observes)) + int(self.recipe.merge.biased)
         size = (shape.key_dim + shape.value_dim) * store.pool.keys.element_size() + _FLOAT_BYTES * (1 + planes)
         heads = self.layer_count * shape.kv_heads * store.batch
         return [budget.entries(n, heads=heads, entry_bytes=size, page=self.page) for n in seen]
 
     def _check_room(self, store: LayerStore, step: Step) -> None:
-        """Refuse a prompt of which the budget could not hold what is protected, before anything has changed."""
+        """Refuse a prompt of which the budget could not hold what is protected, before anything has changed.
+
+        A recipe that looks twice is refused as well: a forward pass looks once.
+        """
+        if self.needs.second_pass and self.recipe.compresses and not self.sealed:
+            raise MissingSignalError(
+                f"recipe {self.recipe.name} scores a context by a second pass over it, which a forward pass or "
+                "generate() by itself cannot make. Read the context with kvthrift.prefill(model, ids, recipe) and ask "
+                "behind it (on the command line: --hide-question)."
+            )
         if self.is_prompt(step):
             seen = (step.start + step.counts).tolist()
             rooms = [room for n, room in zip(seen, self._room(store, seen), strict=True) if n > room]
+            if rooms or self.recipe.layers.decides:
+                self._check_segments()
             if rooms:
                 check_floor(self.recipe, torch.tensor(rooms))
+
+    def _check_segments(self, recipe: Recipe | None = None) -> None:
+        """Refuse to compress by segments of a text whose tokens nobody told."""
+        recipe = self.recipe if recipe is None else recipe
+        if recipe.needs.segments and self.segments is None:
+            raise MissingSignalError(
+                f"recipe {recipe.name} cuts the text at its punctuation, but a forward pass or generate() by itself "
+                "does not tell the cache which tokens it reads. Read the text with kvthrift.prefill(model, ids, "
+                "recipe, tokenizer=tokenizer) or kvthrift.generate(model, ids, cache, tokenizer=tokenizer), or call "
+                "cache.tell(ids, tokenizer=tokenizer) first."
+            )
 
     def layer_total(self, layer: LayerCache, view: LayerView, scores: Tensor, per_head: Tensor) -> Tensor:
         """Entries per head of this layer, ``[B]`` int64."""
         protected = self.recipe.protect.entries
+        if self.recipe.layers.decides:
+            wanted = self.recipe.layers.stop(view, scores, protected_entries(self.recipe, view))
+            return torch.minimum(wanted, per_head).clamp(min=protected)
         if self.recipe.layers.scope == "layer":
             return self.recipe.layers.total(view, per_head, protected)
         self._mean = per_head
@@ -169,7 +220,7 @@ class CacheState:
 
     def cascade(self, layer: LayerCache) -> None:
         """Cut the layers before this one to what their weight is worth now."""
-        if self.recipe.layers.scope == "layer" or self._mean is None:
+        if self.recipe.layers.scope != "model" or self._mean is None:
             return
         totals = self._totals(self._mean, {})
         for earlier in self.layers:
@@ -220,7 +271,7 @@ class CacheState:
     @property
     def held(self) -> int:
         """Bytes held in all layers, and by what they agreed on."""
-        agreed = [*self._weights.values(), *([] if self._mean is None else [self._mean])]
+        agreed = [*self._weights.values(), *(t for t in (self._mean, self.segments) if t is not None)]
         return sum(layer.bytes for layer in self.layers) + sum(t.numel() * t.element_size() for t in agreed)
 
     def crop(self, length: int) -> None:
@@ -228,6 +279,9 @@ class CacheState:
         if length >= self.columns.length:
             return
         self.columns.crop(length)
+        if self.segments is not None:
+            longest = int(self.columns.seen(len(self.segments)).max(initial=0))
+            self.segments = cut_segments(self.segments, longest)
         self.sealed = self.sealed and length > 0  # an emptied cache is filled anew
         for layer in self.layers:
             if layer.store is not None:
@@ -238,6 +292,8 @@ class CacheState:
         """Hold the sequences ``rows [B']`` of the present ones, which may repeat."""
         self.columns.select(rows)
         self._mean = None
+        if self.segments is not None:
+            self.segments = self.segments[torch.from_numpy(rows).to(self.segments.device)]
         self._weights = {index: weight[torch.from_numpy(rows)] for index, weight in self._weights.items()}
         for layer in self.layers:
             if layer.store is not None:
@@ -245,9 +301,21 @@ class CacheState:
             for part in (layer.window, layer.statistics):
                 if part is not None:
                     part.select(rows)
+            for known, scores in layer.second_pass.items():
+                layer.second_pass[known] = scores[torch.from_numpy(rows).to(scores.device)]
 
     def under(self, recipe: Recipe, whole: set[int], facts: Sequence[ModuleFacts]) -> CacheState:
         """A fork of this uncompressed cache, compressed now under another recipe; this one stays as it is.
+
+        Arguments and errors are those of :meth:`adopt`.
+        """
+        self._check_adoption(recipe)
+        other = self.fork()
+        other.adopt(recipe, whole, facts)
+        return other
+
+    def adopt(self, recipe: Recipe, whole: set[int], facts: Sequence[ModuleFacts]) -> None:
+        """Compress this uncompressed cache now, and follow another recipe from here on.
 
         Args:
             recipe: what to keep.
@@ -255,10 +323,32 @@ class CacheState:
             facts: what each layer's module can tell, in the order of ``layers``.
 
         Raises:
-            RecipeError: this cache has dropped entries already.
+            RecipeError: this cache has dropped entries already, or the recipe cannot be honoured here.
             MissingSignalError: a signal the recipe needs was not observed.
         """
-        if self.recipe.budget is not None:
+        self._check_adoption(recipe)
+        read = self.observes
+        self.recipe, self.needs, self.observes = recipe, recipe.needs, recipe.needs
+        self.keeps_observations, self.sealed = False, True
+        index = 0
+        for layer in self.layers:
+            layer.index, layer.whole = index, layer.number in whole
+            index += not layer.whole
+        self.layer_count = max(index, 1)
+        if recipe.layers.scope == "joint":
+            compress_jointly(self, facts)
+        else:
+            for layer, known in zip(self.layers, facts, strict=True):
+                layer.compress_now(self, known)
+        for layer in self.layers:
+            layer.settle(keep_observations=recipe.trigger.every is not None)
+            if layer.store is not None:
+                layer.store.forget(set(plane_names(read)) - set(plane_names(recipe.needs)))
+        self.segments = self.segments if recipe.needs.segments and recipe.trigger.every is not None else None
+
+    def _check_adoption(self, recipe: Recipe) -> None:
+        _check_timing(recipe)
+        if self.recipe.compresses:
             raise RecipeError(
                 "entries were dropped already, so another recipe cannot choose among them. Start from 'full'."
             )
@@ -268,21 +358,21 @@ class CacheState:
                 f"recipe {recipe.name} needs {recipe.needs}, but reading gathered {self.observes}. Name the recipe in "
                 "observe= when the context is read."
             )
-        other = self.fork()
-        other.recipe, other.needs, other.observes = recipe, recipe.needs, recipe.needs
-        other.keeps_observations, other.sealed = False, True
-        index = 0
-        for layer in other.layers:
-            layer.index, layer.whole = index, layer.number in whole
-            index += not layer.whole
-        other.layer_count = max(index, 1)
-        for layer, known in zip(other.layers, facts, strict=True):
-            layer.compress_now(other, known)
-        for layer in other.layers:
-            layer.settle(keep_observations=recipe.trigger.every is not None)
-            if layer.store is not None and not recipe.needs.columns:
-                layer.store.forget(("columns",))
-        return other
+        if recipe.compresses:
+            self._check_segments(recipe)
+        for wanted in recipe.needs.second_pass if recipe.compresses else ():
+            if recipe.trigger.every is not None:
+                raise RecipeError(
+                    f"recipe {recipe.name} scores a context by a second pass over it, and there is none over what is "
+                    f"decoded behind it, so every={recipe.trigger.every} cannot be honoured. Leave every out."
+                )
+            found = [layer.second_pass.get(wanted) for layer in self.layers]
+            held = [0 if layer.store is None else layer.store.longest for layer in self.layers]
+            if any(x is None or x.shape[-1] != n for x, n in zip(found, held, strict=True)):
+                raise MissingSignalError(
+                    f"recipe {recipe.name} needs a second pass over all that is held, and none was made. Read the "
+                    "context with kvthrift.prefill, the recipe given or named in observe=."
+                )
 
     def fork(self) -> CacheState:
         """Another cache with the same entries, sharing pages until one side writes to them.
@@ -301,7 +391,17 @@ class CacheState:
         return other
 
 
+def _check_timing(recipe: Recipe) -> None:
+    """Refuse what asks for a layer's module while no layer is run."""
+    if recipe.layers.scope == "joint" and recipe.trigger.every is not None and recipe.needs.output_weight:
+        raise RecipeError(
+            f"recipe {recipe.name}: every={recipe.trigger.every} with layers={recipe.layers.name} compresses all "
+            "layers before any is run, when no output projection is at hand. Leave out every or the refiner."
+        )
+
+
 def unobserved(needs: Signals, observes: Signals) -> bool:
     """Whether ``observes`` lacks something of ``needs`` (what a module can tell any time is never missed)."""
     moments = needs.moments and not (observes.moments and observes.moments_after == needs.moments_after)
-    return needs.window > observes.window or moments or (needs.columns and not observes.columns)
+    second = not set(needs.second_pass) <= set(observes.second_pass) or not set(needs.powers) <= set(observes.powers)
+    return needs.window > observes.window or moments or second or (needs.columns and not observes.columns)

@@ -11,13 +11,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvthrift.allocate.heads import ranks
-from kvthrift.core import LayerView
+from kvthrift.core import LayerView, Signals
 from kvthrift.part import Part, require
 
 
 @dataclass(frozen=True)
 class Unit(Part, kind="unit"):
     """A map from entries to groups that stay or go together."""
+
+    @property
+    def needs(self) -> Signals:
+        """The signals this part reads."""
+        return Signals()
 
     @property
     def shared(self) -> bool:

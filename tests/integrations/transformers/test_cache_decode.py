@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.fitted import APART
 from tests.masked import Kept, MaskedModel, kept
 from tests.models import text, tiny
+from tests.reading import DECIDES, TWICE
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import rotate_half
@@ -150,7 +152,7 @@ def test_turning_keys_matters() -> None:
     assert (logits[0] - logits[1]).abs().max() > 0.1
 
 
-CUTTING = [name for name in kvthrift.methods() if name not in ("full", "headkv")]
+CUTTING = [name for name in kvthrift.methods() if name not in ("full", *APART, *DECIDES, *TWICE)]
 
 
 @pytest.mark.parametrize("method", CUTTING)

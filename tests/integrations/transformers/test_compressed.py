@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.fitted import APART
 from tests.models import tiny
 
 import kvthrift
 from kvthrift.errors import MissingSignalError, RecipeError
 
-NAMES = [name for name in kvthrift.methods() if name not in ("full", "headkv")]
+NAMES = [name for name in kvthrift.methods() if name not in ("full", *APART)]
 IDS = torch.randint(1, 190, (2, 200), generator=torch.Generator().manual_seed(3))
 
 

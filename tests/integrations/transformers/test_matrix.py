@@ -6,14 +6,14 @@ from functools import cache
 
 import pytest
 import torch
+from tests.fitted import DELIMITERS, fitted_to
 from tests.live import live_bytes
 from tests.models import text, tiny
+from tests.reading import DECIDES, TWICE
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 import kvthrift
-from kvthrift.allocate import TableHeads
-from kvthrift.score import WindowAttention
 
 MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "qwen3_moe", "gpt_neox", "gemma3", "cohere", "opt")
 UNCHECKED_ROPE = ("cohere", "opt")  # models whose rotary embedding kvthrift does not know ...
@@ -26,23 +26,23 @@ def recipe(name: str, config: PreTrainedConfig, budget: int) -> kvthrift.Recipe:
     """The method at its defaults; one that needs a calibration gets a made-up one for this model."""
     if name == "full":
         return kvthrift.method(name)
-    if name == "headkv":
-        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-        table = (tuple(float(1 + 3 * head) for head in range(heads)),) * config.num_hidden_layers
-        return kvthrift.Recipe(
-            name,
-            scorer=WindowAttention(window=8),
-            budget=kvthrift.Budget.parse(budget),
-            heads=TableHeads(table, protected=8),
-            protect=kvthrift.Protect(recent=8),
-        )
-    return kvthrift.method(name, budget=budget)
+    own = {"skip": ()} if name in DECIDES else {}  # the layers that it leaves whole are all that a tiny model has
+    return fitted_to(kvthrift.method(name, budget=budget, **own), config)
 
 
 @cache
 def answer_without_kvthrift(name: str) -> Tensor:
     model = tiny(name, "sdpa")
     return generate(model, DynamicCache(config=model.config), ANSWER)
+
+
+def started(model: PreTrainedModel, wanted: kvthrift.Recipe, **options: int) -> tuple[kvthrift.Cache, int]:
+    """A cache for the prompt, and how many tokens of it come after compression: those that look twice leave one."""
+    if wanted.name not in TWICE:
+        past = kvthrift.Cache(model.config, wanted, **options)
+        past.tell(text(BATCH, PROMPT), delimiters=DELIMITERS)
+        return past, 0
+    return kvthrift.prefill(model, text(BATCH, PROMPT)[:, :-1], wanted, **options), 1
 
 
 def generate(model: torch.nn.Module, past: object, count: int) -> Tensor:
@@ -69,7 +69,7 @@ def test_the_models_say_different_things(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_tokens_while_everything_fits(name: str, method: str) -> None:
     model = tiny(name)
-    past = kvthrift.Cache(model.config, recipe(method, model.config, PROMPT + ANSWER))
+    past, _ = started(model, recipe(method, model.config, PROMPT + ANSWER))
     if name in UNCHECKED_ROPE and method in NEEDS_ROPE:
         with pytest.raises(kvthrift.MissingSignalError, match="has not checked"):
             generate(model, past, ANSWER)
@@ -91,7 +91,7 @@ HONOURED = [
 @pytest.mark.parametrize(("name", "method"), HONOURED)
 def test_a_cut_cache_holds_what_it_promises(name: str, method: str) -> None:
     model, count = tiny(name), 6
-    past = kvthrift.Cache(model.config, recipe(method, model.config, BUDGET), page=PAGE)
+    past, later = started(model, recipe(method, model.config, BUDGET), page=PAGE)
     made = generate(model, past, count)
     assert made.shape == (BATCH, PROMPT + count)
     past.check_integrity()
@@ -100,7 +100,7 @@ def test_a_cut_cache_holds_what_it_promises(name: str, method: str) -> None:
     whole = WHOLE.get(name, ())
     cut = [row for row in report.layers if row.layer not in whole]
     assert report.compressions >= len(cut)
-    decoded = count - 1
+    decoded = count - 1 + later
     assert all(row.fewest > decoded for row in cut)  # no head is left with nothing
     spare = 10 if method == "chunkkv" else 0  # keeps whole chunks only
     mean = sum(row.mean for row in cut) / len(cut)
@@ -108,7 +108,7 @@ def test_a_cut_cache_holds_what_it_promises(name: str, method: str) -> None:
     assert report.entries == sum(round(row.mean * row.heads * BATCH) for row in cut)
     assert report.bytes == live_bytes(past)
     pages = len(cut) * cut[0].heads * BATCH  # one spare page a head at most
-    per_entry = report.full_bytes / (PROMPT + decoded) / BATCH / cut[0].heads / len(cut)
+    per_entry = report.full_bytes / (PROMPT + count - 1) / BATCH / cut[0].heads / len(cut)
     if not whole:
         assert report.bytes <= 1.3 * (report.entries + pages * PAGE) * per_entry
         assert report.share < 0.7

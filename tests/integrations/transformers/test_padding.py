@@ -7,12 +7,12 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from tests.fitted import DELIMITERS, fitted
 from tests.models import text, tiny
+from tests.reading import TWICE
 from torch import Tensor
 
 import kvthrift
-from kvthrift.allocate import TableHeads
-from kvthrift.score import WindowAttention
 
 Side = Literal["left", "right"]
 LENGTHS = (40, 97, 150, 17)  # longer and shorter than budget and windows
@@ -47,16 +47,7 @@ def read(name: str, past: kvthrift.Cache, ids: Tensor, mask: Tensor | None = Non
 def recipe(method: str) -> kvthrift.Recipe:
     if method == "full":
         return kvthrift.method(method)
-    if method == "headkv":
-        table = TableHeads(((1.0, 3.0), (2.0, 2.0)), protected=8)
-        return kvthrift.Recipe(
-            method,
-            WindowAttention(window=8),
-            kvthrift.Budget.parse(BUDGET),
-            heads=table,
-            protect=kvthrift.Protect(recent=8),
-        )
-    return kvthrift.method(method, budget=BUDGET)
+    return fitted(kvthrift.method(method, budget=BUDGET))
 
 
 def positions(past: kvthrift.Cache, layer: int, row: int) -> list[list[int]]:
@@ -67,13 +58,14 @@ def positions(past: kvthrift.Cache, layer: int, row: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("method", kvthrift.methods())
+@pytest.mark.parametrize("method", [name for name in kvthrift.methods() if name not in TWICE])
 def test_a_row_keeps_and_says_what_it_does_alone(method: str, side: Side) -> None:
     parts = rows()
     ids, mask = padded(parts, side)
     more = [text(1, 3, seed=10 + index) for index in range(len(parts))]
     config = tiny("llama").config
     together = kvthrift.Cache(config, recipe(method), page=16)
+    together.tell(ids, delimiters=DELIMITERS, attention_mask=mask)
     first = read("llama", together, ids, mask)
     grown = torch.cat((mask, torch.ones(len(parts), 3, dtype=torch.long)), dim=1)
     held = [[positions(together, layer, b) for layer in range(2)] for b in range(len(parts))]
@@ -83,6 +75,7 @@ def test_a_row_keeps_and_says_what_it_does_alone(method: str, side: Side) -> Non
     together.check_integrity()
     for b, part in enumerate(parts):
         alone = kvthrift.Cache(config, recipe(method), page=16)
+        alone.tell(part, delimiters=DELIMITERS)
         expected = read("llama", alone, part)
         assert held[b] == [positions(alone, layer, 0) for layer in range(2)]
         close(first[b, mask[b].bool()], expected[0])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.fitted import APART
 from tests.live import live_bytes
 from tests.masked import MaskedModel, kept
 from tests.models import text, tiny
+from tests.reading import DECIDES
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,7 +16,7 @@ import kvthrift
 from kvthrift.errors import ContextError, OptionError, UnsupportedModelError
 
 CONTEXT, BUDGET = 200, 48
-CUTTING = [name for name in kvthrift.methods() if name not in ("full", "headkv")]
+CUTTING = [name for name in kvthrift.methods() if name not in ("full", *APART, *DECIDES)]
 
 
 @torch.inference_mode()

@@ -71,21 +71,25 @@ def _title(names: Sequence[str]) -> str:
 
 
 def _origin(name: str, run: Run) -> dict[str, Any]:
-    """With what a run was made."""
-    grid, last = run.grid, run.sessions[-1]
+    """With what a run was made: every start that made rows."""
+    grid, makers = run.grid, run.makers
     asked = {"both": "hidden and visible"}.get(grid.question, grid.question)
     facts = {
-        "Model": f"{grid.model or EMBEDDED}, {last['dtype']}",
-        "Device": last["device"],
+        "Model": f"{grid.model or EMBEDDED}, {_distinct(makers, 'dtype')}",
+        "Device": _distinct(makers, "device"),
         "Question": asked,
         "Tasks": ", ".join(grid.tasks),
         "Samples": f"{grid.samples} a task, {grid.length} tokens each, seed {grid.seed}",
         "Pages": f"{grid.page} entries",
-        "Versions": "; ".join(dict.fromkeys(_versions(session) for session in run.sessions)),
-        "Started": last.get("started", "").replace("T", " ").replace("+00:00", " UTC"),
+        "Versions": "; ".join(dict.fromkeys(_versions(session) for session in makers)),
+        "Started": _distinct(makers, "started").replace("T", " ").replace("+00:00", " UTC"),
     }
-    commands = list(dict.fromkeys(session["command"] for session in run.sessions))
+    commands = list(dict.fromkeys(session["command"] for session in makers))
     return {"name": name, "facts": {key: value for key, value in facts.items() if value}, "commands": commands}
+
+
+def _distinct(makers: Sequence[Mapping[str, str]], name: str) -> str:
+    return ", ".join(dict.fromkeys(maker[name] for maker in makers if name in maker))
 
 
 def _versions(session: Mapping[str, str]) -> str:

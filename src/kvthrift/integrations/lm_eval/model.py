@@ -185,11 +185,13 @@ class CompressedLM(TemplateLM):
         """A cache of all but the tail of ``ids``, to be written to, and that tail; one context is kept for the next."""
         key = tuple(ids[: -self.tail])
         if not key:
-            return Cache(self.model.config, self.recipe, page=self.page), list(ids)
+            cache = Cache(self.model.config, self.recipe, page=self.page)
+            cache.tell(torch.tensor([list(ids)]), tokenizer=self.tokenizer)
+            return cache, list(ids)
         if self._read is None or self._read[0] != key:
             self._read = None  # before the next is read, so that there is one at a time
             given = torch.tensor([key], device=self.device)
-            self._read = key, prefill(self.model, given, self.recipe, page=self.page)
+            self._read = key, prefill(self.model, given, self.recipe, page=self.page, tokenizer=self.tokenizer)
         return self._read[1].fork(), list(ids[-self.tail :])
 
     def _feed(self, cache: Cache, ids: Sequence[int], keep: int) -> Tensor:
@@ -222,6 +224,7 @@ class CompressedLM(TemplateLM):
     def _stream(self, context: list[int], said: list[int]) -> float:
         """Log-likelihood of ``said``, read a chunk at a time and compressed behind each."""
         ids, cache = context + said, Cache(self.model.config, self.recipe, page=self.page)
+        cache.tell(torch.tensor([ids]), tokenizer=self.tokenizer)
         cache.state.prompted = True  # every chunk is compressed, however short
         total = 0.0
         for start in range(0, len(ids) - 1, self.chunk):

@@ -6,7 +6,7 @@ Layers that kvthrift does not compress (sliding windows, linear attention) keep 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -16,18 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache as HFCache
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from kvthrift.budget import Budget
+from kvthrift.core import ModuleFacts
 from kvthrift.errors import CacheStateError, ModelMismatchError, RecipeError, UnsupportedModelError
 from kvthrift.integrations.transformers.attention import NAME
+from kvthrift.integrations.transformers.delimiters import delimiter_ids
 from kvthrift.integrations.transformers.facts import config_fingerprint, module_facts, refuse
 from kvthrift.integrations.transformers.layer import CacheLayer
 from kvthrift.integrations.transformers.reporting import cache_report
 from kvthrift.methods import method
 from kvthrift.recipe import Recipe
 from kvthrift.runtime import CacheReport, CacheState
+from kvthrift.runtime.segments import segment_numbers
 
 
 class Cache(HFCache):
@@ -67,7 +70,7 @@ class Cache(HFCache):
         refuse(config)
         self.config = config
         self.fingerprint = config_fingerprint(config)
-        self.recipe = _resolve(recipe, budget, options)
+        self.recipe = resolve(recipe, budget, options)
         _check_calibration(self.recipe, config.model_type, self.fingerprint)
         stock = DynamicCache(config=config)
         numbers = [i for i, layer in enumerate(stock.layers) if type(layer) is DynamicLayer]
@@ -76,7 +79,7 @@ class Cache(HFCache):
                 f"{config.model_type} has no full-attention layer, so there is nothing to compress. Use the "
                 "model's own cache."
             )
-        signals = [_resolve(other, None, {}).needs for other in observe]
+        signals = [resolve(other, None, {}).needs for other in observe]
         state = CacheState(
             self.recipe,
             numbers,
@@ -199,6 +202,31 @@ class Cache(HFCache):
         """The layers that keep transformers' own cache."""
         return [layer for layer in self.layers if not isinstance(layer, CacheLayer)]
 
+    def tell(
+        self,
+        input_ids: Tensor,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        delimiters: Collection[int] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> None:
+        """Say which tokens the next forward pass brings, for recipes that look at the text's segments.
+
+        :func:`kvthrift.prefill` and :func:`kvthrift.generate` call this by themselves. Does nothing if no recipe asks,
+        or neither ``tokenizer`` nor ``delimiters`` is given.
+
+        Args:
+            input_ids: ``[B, T]``, from the first token of the text on, those the cache holds already included.
+            tokenizer: the model's; tokens that end with a punctuation mark or a line break end a segment.
+            delimiters: ids of tokens that end a segment, instead; none makes one segment of the text.
+            attention_mask: ``[B, T]``, 0 for padding.
+        """
+        if not self.state.observes.segments or (tokenizer is None and delimiters is None):
+            return
+        if delimiters is None and tokenizer is not None:
+            delimiters = delimiter_ids(tokenizer)
+        self.state.segments = segment_numbers(input_ids, delimiters or (), attention_mask)
+
     # -- what kvthrift adds --------------------------------------------------------------------------------------
 
     def fork(self) -> Cache:
@@ -243,12 +271,20 @@ class Cache(HFCache):
             RecipeError: entries were dropped already, or the recipe cannot be honoured.
             MissingSignalError: a signal the recipe needs was not observed.
         """
-        wanted = _resolve(recipe, budget, options)
+        wanted = resolve(recipe, budget, options)
         _check_calibration(wanted, self.config.model_type, self.fingerprint)
-        layers = [x for x in self.layers if isinstance(x, CacheLayer)]
-        facts = [module_facts(x.module) for x in sorted(layers, key=lambda x: x.place)]
-        state = self.state.under(wanted, _skipped(wanted, len(self.layers)), facts)
+        state = self.state.under(wanted, _skipped(wanted, len(self.layers)), self._facts())
         return self._with_state(state, wanted)
+
+    def adopt(self, recipe: Recipe) -> None:
+        """Compress this uncompressed cache in place; arguments and errors as for :meth:`compressed`."""
+        _check_calibration(recipe, self.config.model_type, self.fingerprint)
+        self.state.adopt(recipe, _skipped(recipe, len(self.layers)), self._facts())
+        self.recipe = recipe
+
+    def _facts(self) -> list[ModuleFacts]:
+        layers = [x for x in self.layers if isinstance(x, CacheLayer)]
+        return [module_facts(x.module) for x in sorted(layers, key=lambda x: x.place)]
 
     def report(self) -> CacheReport:
         """What is held, by layer, in entries and bytes of live tensors; and what was done."""
@@ -275,7 +311,12 @@ def _copied(layer: Any) -> Any:
     return copy.deepcopy(layer)
 
 
-def _resolve(recipe: str | Recipe, budget: int | str | Budget | None, options: dict[str, Any]) -> Recipe:
+def resolve(recipe: str | Recipe, budget: int | str | Budget | None, options: dict[str, Any]) -> Recipe:
+    """The recipe that a method's name and its options, or a recipe and a budget, stand for.
+
+    Raises:
+        RecipeError: it is neither, or comes with options of its own.
+    """
     if isinstance(recipe, str):
         return method(recipe, budget=budget, **options)
     if not isinstance(recipe, Recipe):

@@ -73,7 +73,7 @@ def measure_heads(
         "weights": weights_fingerprint(model.config, attention_modules(model)),
     }
     return calibrate_heads(
-        observer(model), tests, _subject(model), target,
+        observer(model), tests, subject(model), target,
         samples=samples, force=force, progress=progress, provenance=facts,
     )  # fmt: skip
 
@@ -103,7 +103,8 @@ def _rows(state: CacheState) -> Iterator[tuple[int, Tensor]]:
         )[0]  # fmt: skip
 
 
-def _subject(model: PreTrainedModel) -> Subject:
+def subject(model: PreTrainedModel) -> Subject:
+    """Who a model is, and its sizes."""
     text = model.config.get_text_config(decoder=True)
     queries = int(text.num_attention_heads)
     heads = int(getattr(text, "num_key_value_heads", None) or queries)

@@ -7,16 +7,24 @@ the loop is handed to it by ``custom_generate=``, its public place for one.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from functools import cache as once
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from kvthrift.errors import ContextError, OptionError
 from kvthrift.integrations.transformers.cache import Cache
+from kvthrift.integrations.transformers.delimiters import delimiter_ids
 from kvthrift.integrations.transformers.graph import GraphSteps, GraphUnavailableError, obstacle
 
 _LOG = logging.getLogger("kvthrift")
@@ -32,6 +40,8 @@ def generate(
     graph: bool = True,
     compiled: bool | str = False,
     streamer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    delimiters: Collection[int] | None = None,
     **kwargs: Any,
 ) -> Any:
     """``model.generate`` with a kvthrift cache, each decode step a CUDA graph where that can be.
@@ -48,6 +58,9 @@ def generate(
         compiled: fuse the model's elementwise operations with ``torch.compile`` before recording: slow once, faster
             ever after. Or the name of one of its modes, such as ``"max-autotune-no-cudagraphs"``.
         streamer: gets each token as it comes.
+        tokenizer: the model's; recipes that look at the text's segments (``sablock``) find its punctuation with it. It
+            is handed on to ``model.generate``, too.
+        delimiters: ids of tokens that end a segment, instead of those a tokenizer finds.
         kwargs: as for ``model.generate``.
 
     Returns:
@@ -56,6 +69,7 @@ def generate(
     Raises:
         OptionError: beams, assisted decoding or another mode whose loop is not this one.
         ContextError: the cache holds all of ``input_ids`` already.
+        MissingSignalError: the recipe looks at segments, and neither ``tokenizer`` nor ``delimiters`` is given.
     """
     if not isinstance(cache, Cache):
         raise OptionError(f"cache is a {type(cache).__name__}; kvthrift.generate takes a kvthrift.Cache.")
@@ -67,11 +81,14 @@ def generate(
     for name in ("assistant_model", "prompt_lookup_num_tokens", "custom_generate"):
         if kwargs.get(name) is not None:
             raise OptionError(f"{name}= has a loop of its own: call model.generate, which takes the cache.")
+    if delimiters is None and tokenizer is not None and cache.state.observes.segments:
+        delimiters = delimiter_ids(tokenizer)
     return model.generate(  # type: ignore[operator]
         input_ids,
         past_key_values=cache,
-        custom_generate=_Loop(graph=graph, compiled=compiled, streamer=streamer),
+        custom_generate=_Loop(graph=graph, compiled=compiled, streamer=streamer, delimiters=delimiters),
         streamer=streamer,
+        tokenizer=tokenizer,
         **kwargs,
     )
 
@@ -84,8 +101,10 @@ def _say_why(reason: str) -> None:
 class _Loop:
     """Greedy or sampled decoding, a token a step."""
 
-    def __init__(self, *, graph: bool, compiled: bool | str, streamer: Any) -> None:
-        self.graph, self.compiled, self.streamer = graph, compiled, streamer
+    def __init__(
+        self, *, graph: bool, compiled: bool | str, streamer: Any, delimiters: Collection[int] | None = None
+    ) -> None:
+        self.graph, self.compiled, self.streamer, self.delimiters = graph, compiled, streamer, delimiters
         self.steps: GraphSteps | None = None
 
     def __call__(
@@ -104,6 +123,7 @@ class _Loop:
         pad = _pad_token(generation_config)
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         most = stopping_criteria.max_length or input_ids.shape[1] + _MOST_ROOM
+        cache.tell(input_ids, delimiters=self.delimiters, attention_mask=mask)
         logits = _read(model, input_ids, mask, cache)
         kept: tuple[list[Tensor], list[Tensor]] = ([], [])
         try:
@@ -151,6 +171,8 @@ class _Loop:
                 self._record(model, cache, room)
         if self.steps is not None:
             return self.steps.step(input_ids[:, -1])
+        if cache.recipe.trigger.every is not None:
+            cache.tell(input_ids, delimiters=self.delimiters, attention_mask=mask)
         return _read(model, input_ids, mask, cache)
 
     def _record(self, model: PreTrainedModel, cache: Cache, room: int) -> None:

@@ -1,0 +1,88 @@
+"""Head budgets by group: every head of a layer belongs to one, and groups differ in size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvthrift.allocate.base import HeadAllocator
+from kvthrift.allocate.share import Ints, share_out
+from kvthrift.core import LayerView
+from kvthrift.errors import ModelMismatchError
+from kvthrift.part import require
+
+
+def group_counts(total: int, sizes: NDArray[np.float64], caps: Ints, floor: int) -> Ints:
+    """Whole entries of each head, in proportion to ``sizes``, none below ``floor`` nor above its cap.
+
+    They add up to ``total``, or to the sum of the caps where that is less. Heads whose share would be below the floor
+    get the floor, and the others share what is left.
+
+    Args:
+        total: entries of the layer; at least ``floor`` a head.
+        sizes: ``[H]`` positive.
+        caps: ``[H]`` the most each head can hold.
+        floor: the least a head is given.
+    """
+    least = np.minimum(caps, floor)
+    low = np.zeros(len(sizes), dtype=bool)
+    while True:
+        left = total - int(least[low].sum())
+        shares = share_out(max(left, 0), np.where(low, 0.0, sizes), np.where(low, 0, caps))
+        short = ~low & (shares < least)
+        if not short.any():
+            return np.where(low, least, shares)
+        low |= short
+
+
+@dataclass(frozen=True)
+class GroupHeads(HeadAllocator, name="groups"):
+    """Budgets in fixed proportions, by the group that each head was sorted into offline (2410.03090).
+
+    A head of group g gets entries in proportion to ``sizes[g]``, scaled so that the layer's mean is the budget exactly:
+    sizes 256 and 512 of equal groups, at a mean of 384, are just those. No head gets less than ``protected``, nor more
+    than there are; what that leaves or takes, the others share.
+
+    ``labels[l][h]`` is the group of KV head h in the model's own layer l; an empty table deals groups out by the head's
+    number. ``model`` is the fingerprint of the model they were measured on.
+    """
+
+    labels: tuple[tuple[int, ...], ...] = ()
+    sizes: tuple[float, ...] = (256.0, 512.0)
+    protected: int = 0
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        require(len(self.sizes) >= 1, "sizes must name at least one group.")
+        require(all(0 < s < float("inf") for s in self.sizes), f"sizes={self.sizes} must be positive numbers.")
+        require(self.protected >= 0, f"protected={self.protected} must be 0 or more entries.")
+        known = all(0 <= label < len(self.sizes) for row in self.labels for label in row)
+        require(known, f"group labels must lie between 0 and {len(self.sizes) - 1}, one for each of sizes.")
+
+    def __str__(self) -> str:
+        sizes = "/".join(f"{size:g}" for size in self.sizes)
+        return f"{self.name}({len(self.labels)} layers, sizes={sizes})"
+
+    def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
+        heads = scores.shape[1]
+        sizes = np.asarray(self.sizes, dtype=np.float64)[self._labels(view, heads)]
+        counts = [
+            group_counts(int(mean) * heads, sizes, caps, max(self.protected, 1))
+            for mean, caps in zip(per_head.tolist(), view.lengths.cpu().numpy(), strict=True)
+        ]
+        return torch.from_numpy(np.stack(counts)).to(scores.device)
+
+    def _labels(self, view: LayerView, heads: int) -> list[int]:
+        if not self.labels:
+            return [head % len(self.sizes) for head in range(heads)]
+        number = view.numbers[view.layer] if view.numbers else view.layer
+        if number >= len(self.labels) or len(self.labels[number]) != heads:
+            raise ModelMismatchError(
+                f"the table of head groups is for {len(self.labels)} layers of {len(self.labels[0])} KV heads, but "
+                f"this model has at least {number + 1} of {heads}. Calibrate for this model and give that file."
+            )
+        return list(self.labels[number])

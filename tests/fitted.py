@@ -1,0 +1,42 @@
+"""Recipes whose calibrations are made up for another model, and what recipes have to be told of a text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PreTrainedConfig
+
+from kvthrift import Recipe
+from kvthrift.allocate import BudgetLayers, GroupHeads, TableHeads, TableLayers
+from kvthrift.score import ChosenHeads
+
+CALIBRATED = ("headkv", "compresskv", "evolkv", "uncomp")  # methods that need a calibration of the very model
+TOLD = ("sablock",)  # methods that have to be told the text's tokens
+APART = (*CALIBRATED, *TOLD)
+DELIMITERS = tuple(range(0, 199, 9))  # of the tiny models' 199 tokens
+
+
+def fitted(recipe: Recipe, *, layers: int = 2, kv_heads: int = 2, group: int = 2) -> Recipe:
+    """The recipe with tables of its own kind for a model of these sizes; one without tables stays as it is."""
+    scorer, over, heads = recipe.scorer, recipe.layers, recipe.heads
+    if isinstance(scorer, ChosenHeads):
+        row = tuple(range(kv_heads * group))
+        scorer = replace(scorer, ranked=(row[::-1], row) * (layers // 2) + (row,) * (layers % 2), model="")
+    if isinstance(over, TableLayers):
+        over = replace(over, weights=tuple(float(1 + n) for n in range(layers)), model="")
+    if isinstance(over, BudgetLayers):
+        over = BudgetLayers(tuple(40 + 16 * (n % 2) for n in range(layers)))
+    if isinstance(heads, GroupHeads):
+        row = tuple(head % len(heads.sizes) for head in range(kv_heads))
+        heads = replace(heads, labels=(row, row[::-1]) * (layers // 2) + (row,) * (layers % 2), model="")
+    if isinstance(heads, TableHeads):
+        row_ = tuple(float(1 + 3 * head) for head in range(kv_heads))
+        heads = TableHeads((row_,) * layers, heads.beta, heads.protected)
+    return recipe.with_options(scorer=scorer, layers=over, heads=heads)
+
+
+def fitted_to(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
+    """The same for a model's config."""
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    return fitted(recipe, layers=int(config.num_hidden_layers), kv_heads=kv_heads, group=heads // kv_heads)
