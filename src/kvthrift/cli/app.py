@@ -13,7 +13,7 @@ import typer
 import kvthrift
 from kvthrift.cli.guard import guarded
 
-VERBS = ("run", "inspect", "methods", "calibrate", "eval", "report")
+VERBS = ("run", "inspect", "methods", "calibrate", "eval", "tune", "report", "serve")
 
 app = typer.Typer(
     name="kvthrift",
@@ -24,7 +24,8 @@ app = typer.Typer(
 )
 
 for _verb in VERBS:
-    app.command()(guarded(getattr(import_module(f"kvthrift.cli.{_verb}"), _verb)))
+    _module = import_module(f"kvthrift.cli.{_verb}")
+    app.command(context_settings=getattr(_module, "CONTEXT", None))(guarded(getattr(_module, _verb)))
 
 
 @app.callback(invoke_without_command=True)

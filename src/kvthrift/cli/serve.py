@@ -1,0 +1,67 @@
+"""``kvthrift serve``: vLLM's own OpenAI-compatible server, with kvthrift in it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvthrift.cli import options as o
+from kvthrift.cli.choose import choose_recipe
+from kvthrift.integrations.vllm.contract import check_version, installed
+from kvthrift.integrations.vllm.serving import command, outlook, settings_for
+
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}  # what we do not know is vLLM's
+PROMPTS = (2048, 8192, 32768)
+BLOCK = 16
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id, as vLLM takes it.")],
+    method: o.MethodName = None,
+    option: o.Pairs = None,
+    recipe: o.RecipeFile = None,
+    budget: o.BudgetText = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare the scheduler's and the workers' counts at every step.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and the command, and start nothing.")
+    ] = False,
+    debug: o.Debug = False,
+) -> None:
+    """Start vLLM's server; each prompt, once read, gives most of its blocks back.
+
+    All other flags are vLLM's and are handed on to it (see its own --help).
+    """
+    check_version(installed())
+    chosen = choose_recipe(name=method, options=option or [], file=recipe, budget=budget, every=None, merge=None)
+    asked = {"recipe": chosen.plain(), **({"check": True} if check else {})}
+    settings = settings_for(model, asked)
+    words = command(model, asked, context.args)
+    console = Console(stderr=True)
+    console.print(f"[bold]kvthrift[/bold] in vLLM {installed()}: {settings.recipe}", soft_wrap=True)
+    block = _block(context.args)
+    for prompt in PROMPTS:
+        whole, kept = outlook(settings, prompt, block)
+        more = f"{whole / kept:.1f} times as many decode in the same memory" if kept < whole else "all is kept"
+        console.print(
+            f"  a prompt of {prompt:,} tokens keeps {kept:,} of {whole:,} blocks of {block}: {more}", soft_wrap=True
+        )
+    if dry_run:
+        console.print(shlex.join(words), soft_wrap=True, highlight=False)
+        return
+    os.execv(words[0], words)
+
+
+def _block(passed: list[str]) -> int:
+    for index, word in enumerate(passed):
+        name, joined, value = word.partition("=")
+        text = value if joined else (passed[index + 1] if index + 1 < len(passed) else "")
+        if name == "--block-size" and text.isdigit() and int(text):
+            return int(text)
+    return BLOCK

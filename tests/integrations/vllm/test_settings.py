@@ -1,0 +1,92 @@
+"""What an engine's additional config may ask for, and what is refused with a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvthrift
+from kvthrift.errors import BudgetError, KvthriftError, OptionError, RecipeError, UnsupportedModelError
+from kvthrift.integrations.vllm.contract import check_version
+from kvthrift.integrations.vllm.plan import Policy
+from kvthrift.integrations.vllm.serving import command
+from kvthrift.integrations.vllm.settings import Settings, read_settings
+
+
+def read(asked: Any) -> Settings | None:
+    return read_settings({"kvthrift": asked}, layers=30, kv_heads=3, entry_bytes=256)
+
+
+def policy(asked: Any) -> Policy:
+    found = read(asked)
+    assert found is not None
+    return found.policy
+
+
+def test_without_kvthrift_nothing_is_asked() -> None:
+    assert read_settings({"other": 1}, layers=1, kv_heads=1, entry_bytes=1) is None
+
+
+def test_budgets_in_every_unit() -> None:
+    assert policy({"method": "snapkv", "budget": 512}) == Policy(entries=512, least=32)
+    assert policy({"method": "snapkv", "budget": "25%"}) == Policy(share=0.25, least=32)
+    assert policy({"method": "streamingllm", "budget": "2MiB"}).entries == 2 * 2**20 // (30 * 3 * 256)
+
+
+def test_a_recipe_file_and_its_contents(tmp_path: Path) -> None:
+    recipe = kvthrift.method("adakv", budget=128)
+    recipe.save(tmp_path / "r.toml")
+    for asked in ({"recipe": str(tmp_path / "r.toml")}, {"recipe": recipe.plain()}):
+        found = read(asked)
+        assert found is not None
+        assert found.recipe == recipe
+    assert policy({"recipe": recipe.plain(), "budget": 256}).entries == 256
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "word"),
+    [
+        ({"method": "snapvk", "budget": 64}, KvthriftError, "snapkv"),
+        ({"method": "snapkv", "budget": 64, "windo": 3}, KvthriftError, "windo"),
+        ({"method": "h2o", "budget": 64}, RecipeError, "column sums"),
+        ({"method": "expected_attention", "budget": 64}, RecipeError, "query mean"),
+        ({"method": "cake", "budget": 64}, RecipeError, "layers unequal"),
+        ({"method": "snapkv"}, RecipeError, "no budget"),
+        ({"method": "snapkv", "budget": 64, "every": 32}, RecipeError, "decoding"),
+        ({"method": "snapkv", "budget": 64, "merge": "fold"}, RecipeError, "folds"),
+        ({"method": "snapkv", "budget": 0}, BudgetError, "nothing"),
+        ({"method": "snapkv", "budget": 8}, OptionError, "always keeps 32"),
+        ({"method": "snapkv", "budget": "1KiB"}, OptionError, "always keeps 32"),
+        ({"budget": 64}, OptionError, "method"),
+        ({"method": "snapkv", "recipe": "x.toml"}, OptionError, "either"),
+        ({"recipe": "nowhere.toml"}, RecipeError, "nowhere"),
+        ("snapkv", OptionError, "object"),
+        ({"method": "snapkv", "budget": 64, "check": "yes"}, OptionError, "check"),
+    ],
+)
+def test_what_a_server_cannot_do_is_refused(asked: Any, error: type[Exception], word: str) -> None:
+    with pytest.raises(error, match=word):
+        read(asked)
+
+
+def test_only_tested_versions_are_served() -> None:
+    check_version("0.32.0+cpu")
+    check_version("0.28.1")
+    for version in ("0.27.1", "0.33.0", "1.0.0"):
+        with pytest.raises(UnsupportedModelError, match=version):
+            check_version(version)
+
+
+def test_the_servers_command() -> None:
+    asked = {"method": "snapkv", "budget": 64}
+    words = command("m", asked, ["--port", "8001", "--additional-config", '{"a": 1}', "--seed=3"])
+    assert words[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "m"]
+    assert words[5:7] == ["--additional-config", '{"a": 1, "kvthrift": {"method": "snapkv", "budget": 64}}']
+    assert words[7:] == ["--port", "8001", "--seed=3"]
+    joined = command("m", asked, ['--additional-config={"a": 1}'])
+    assert joined[5:] == words[5:7]
+    for wrong in ('{"kvthrift": {}}', "nonsense", "[1]"):
+        with pytest.raises(OptionError):
+            command("m", asked, ["--additional-config", wrong])
