@@ -16,9 +16,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from tests.vllm.texts import prompts
+from vllm import LLM, SamplingParams
 
 from kvthrift.integrations.transformers.embedded import embedded_path
-from vllm import LLM, SamplingParams
 
 BLOCK = 32
 
