@@ -73,8 +73,8 @@ def test_what_a_server_cannot_do_is_refused(asked: Any, error: type[Exception], 
 
 def test_only_tested_versions_are_served() -> None:
     check_version("0.32.0+cpu")
-    check_version("0.28.1")
-    for version in ("0.27.1", "0.33.0", "1.0.0"):
+    check_version("0.32.1")
+    for version in ("0.31.0", "0.33.0", "1.0.0"):
         with pytest.raises(UnsupportedModelError, match=version):
             check_version(version)
 

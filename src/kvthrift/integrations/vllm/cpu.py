@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from kvthrift.errors import CacheStateError
+from kvthrift.errors import CacheStateError, UnsupportedModelError
 from kvthrift.integrations.vllm import worker
 from kvthrift.integrations.vllm.compact import kept_tokens, prompt_view
 from kvthrift.integrations.vllm.cpu_ragged import Batch, RaggedRows
@@ -80,6 +80,8 @@ class KvthriftCPUImpl(CPUAttentionBackendImpl):
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config_or_none()
         settings = None if config is None else worker.settings_of(config)
+        if settings is not None and self.sliding_window == -1:
+            _refuse(self)
         KvthriftCPUBackend.settings = settings
         self.ragged = RaggedRows()
 
@@ -175,6 +177,20 @@ class KvthriftCPUImpl(CPUAttentionBackendImpl):
                     found.append(part.reshape(-1).long())
             cls._orders[known] = tuple((high * _DIGIT + low).argsort() for high, low in places)  # type: ignore[assignment]
         return cls._orders[known]
+
+
+def _refuse(impl: CPUAttentionBackendImpl) -> None:
+    """Refuse a layer whose logits are not plain: neither scores nor the kernel's unequal heads know of that.
+
+    Raises:
+        UnsupportedModelError: with what it has.
+    """
+    has = {"a logit soft-cap": impl.logits_soft_cap, "ALiBi": impl.alibi_slopes, "learned sinks": impl.sinks}
+    found = [name for name, value in has.items() if value is not None and (isinstance(value, torch.Tensor) or value)]
+    if found:
+        raise UnsupportedModelError(
+            f"this model's attention has {' and '.join(found)}, which kvthrift does not compress inside vLLM."
+        )
 
 
 def _index(name: str) -> int:

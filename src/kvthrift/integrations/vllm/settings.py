@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvthrift.budget import Budget
 from kvthrift.core import Signals
 from kvthrift.errors import OptionError, RecipeError
 from kvthrift.integrations.vllm.plan import Policy
@@ -72,7 +73,7 @@ def _recipe(words: dict[str, Any]) -> Recipe:
         budget = words.pop("budget", None)
         if words:
             raise OptionError(f"{', '.join(words)}: a recipe file is complete; beside it only budget can be given.")
-        return recipe if budget is None else recipe.with_options(budget=method("random", budget=budget).budget)
+        return recipe if budget is None else recipe.with_options(budget=Budget.parse(budget))
     return method(str(name), **words)
 
 

@@ -69,6 +69,7 @@ def _refuse(config: Any) -> None:
         "a KV connector (offload or disaggregation)": config.kv_transfer_config is not None,
         "speculative decoding": config.speculative_config is not None,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "tensor parallelism": parallel.tensor_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         f"the KV cache dtype {config.cache_config.cache_dtype}": config.cache_config.cache_dtype
         not in ("auto", "bfloat16", "float16", "float32"),
