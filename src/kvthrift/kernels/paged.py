@@ -7,6 +7,7 @@ needs nothing from the host and can be part of a CUDA graph. Knows nothing of re
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -141,7 +142,8 @@ def paged_attend(q: Tensor, paged: Paged, *, scale: float, plan: ReadPlan | None
     """
     if unfit(q.device, paged.keys.dtype, q.shape[-1], paged.values.shape[-1], paged.page):
         return naive.paged_attend(q, paged, scale=scale)
-    return AttentionOutput(*_triton("read").read(q, paged, scale, plan))
+    with _launching(q.device):
+        return AttentionOutput(*_triton("read").read(q, paged, scale, plan))
 
 
 def paged_append(k: Tensor, v: Tensor, positions: Tensor, paged: Paged) -> None:
@@ -155,7 +157,14 @@ def paged_append(k: Tensor, v: Tensor, positions: Tensor, paged: Paged) -> None:
     if unfit(k.device, paged.keys.dtype, k.shape[-1], v.shape[-1], paged.page):
         naive.paged_append(k, v, positions, paged)
     else:
-        _triton("append").append(k, v, positions, paged)
+        with _launching(k.device):
+            _triton("append").append(k, v, positions, paged)
+
+
+def _launching(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its arguments lie on."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 @cache

@@ -33,9 +33,10 @@ class Meter:
         """Time one layer's compression; on a GPU by events, without waiting for it."""
         if device.type == "cuda":
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
+            stream = torch.cuda.current_stream(device)
+            start.record(stream)
             yield
-            stop.record()
+            stop.record(stream)
             self._events.append((start, stop))
             return
         began = time.perf_counter()

@@ -31,6 +31,8 @@ def obstacle(model: PreTrainedModel, cache: Cache) -> str | None:
     foreign = next((i for i, layer in enumerate(cache.layers) if not isinstance(layer, CacheLayer)), None)
     if foreign is not None:
         return f"layer {foreign} keeps transformers' own cache, which grows by new tensors"
+    if len({p.device for p in model.parameters()}) > 1:
+        return "the model lies on several devices"
     if cache.recipe.trigger.every is not None and cache.state.needs != type(cache.state.needs)():
         return "the recipe looks at decoded tokens while they come (every=)"
     stores = (layer.store for layer in cache.state.layers)
@@ -61,7 +63,7 @@ class GraphSteps:
         forward: Callable[..., Any] = _fused(model, compiled) if compiled else model
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.inference_mode(), self.steps:
+            with torch.inference_mode(), self.steps, torch.cuda.device(model.device):
                 self._record(forward)
         except Exception as error:
             raise GraphUnavailableError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
@@ -97,7 +99,8 @@ class GraphSteps:
         if self.steps.taken >= self.steps.room:
             raise IndexError(f"there was room for {self.steps.room} steps")
         self.tokens.copy_(tokens[:, None])
-        self.graph.replay()
+        with torch.cuda.device(self.tokens.device):
+            self.graph.replay()
         self.steps.taken += 1
         return self.logits
 
