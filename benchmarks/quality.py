@@ -109,6 +109,7 @@ def main(
     question: Annotated[str, typer.Option(help="visible, hidden or both")] = "both",
     max_new_tokens: Annotated[int, typer.Option(help="answers are cut there; 0 for the tasks' own limits")] = 48,
     workers: int = 1,
+    batch: Annotated[int, typer.Option(help="samples of a task answered together")] = 1,
     model: Annotated[str, typer.Option(help="the embedded one by default")] = "",
     dtype: str = "auto",
     device: str = "auto",
@@ -124,7 +125,8 @@ def main(
     words = {
         "--out": out / "run", "--methods": chosen or ",".join(methods()), "--budgets": budgets, "--tasks": tasks,
         "--samples": samples, "--length": length, "--question": question, "--max-new-tokens": max_new_tokens,
-        "--workers": workers, "--model": model, "--dtype": dtype, "--device": device, "--seed": seed, "--data": data,
+        "--workers": workers, "--batch": batch, "--model": model, "--dtype": dtype, "--device": device, "--seed": seed,
+        "--data": data,
     }  # fmt: skip
     given = [str(part) for word, value in words.items() if value not in ("", 0) for part in (word, value)]
     given += ["--alone", "0", "--snapshots", "0"]

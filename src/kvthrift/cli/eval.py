@@ -129,6 +129,14 @@ Workers = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+Batch = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Samples of a task answered together; needs --no-agreement and --no-physics. Fills a GPU.",
+        rich_help_panel=RUN,
+    ),
+]
 Shown = Annotated[str, typer.Option("--format", help=f"Of the tables: {', '.join(FORMATS)}.", rich_help_panel=o.OUTPUT)]
 
 
@@ -159,6 +167,7 @@ def eval(
     no_agreement: NoAgreement = False,
     no_physics: NoPhysics = False,
     workers: Workers = 1,
+    batch: Batch = 1,
     format: Shown = "md",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the tables.")] = False,
     debug: o.Debug = False,
@@ -190,7 +199,7 @@ def eval(
     with GridBar(console) as bar:
         crew = crew_of(workers, grid)
         bench = Bench(llm, tokenizer, grid.page, grid.agreement, grid.physics)
-        runner = Runner(bench, grid, arms, chosen, SCORERS, bar.tell, retry_failed, crew)
+        runner = Runner(bench, grid, arms, chosen, SCORERS, bar.tell, retry_failed, crew, batch)
         runner.check()
         with RunFolder.open(out, grid, arms, session(llm)) as folder:
             _run(runner, folder, console)

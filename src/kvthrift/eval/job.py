@@ -29,6 +29,7 @@ class Job:
         missing: in the order in which they are measured.
         session: number of this start of the run.
         recorded: whether snapshots of the caches are wanted.
+        alone: whether each arm reads by itself.
     """
 
     turn: Callable[..., Round]
@@ -38,6 +39,12 @@ class Job:
     missing: list[Arm]
     session: int
     recorded: bool = False
+    alone: bool = False
+
+    def round(self, bench: Bench, scorers: Mapping[str, Score], keep: Keep | None = None) -> Round:
+        """What is to be gone through."""
+        score = scorers.get(self.sample.scorer)
+        return self.turn(bench=bench, missing=tuple(self.missing), score=score, keep=keep)
 
     def rows(self, bench: Bench, scorers: Mapping[str, Score], keep: Keep | None) -> Iterator[Row]:
         """A row for each missing arm, as soon as it is known; ``keep`` is given its snapshot before, if one is wanted.
@@ -45,10 +52,12 @@ class Job:
         Raises:
             RunError: the GPU is lost.
         """
-        score = scorers.get(self.sample.scorer)
-        keep = keep if self.recorded else None
-        for row in self.turn(bench=bench, missing=tuple(self.missing), score=score, keep=keep).rows():
+        for row in self.round(bench, scorers, keep if self.recorded else None).rows():
             yield {**row, "place": list(self.place)}
+
+    def heard(self, row: Row) -> None:
+        """Note that a row is there."""
+        self.missing = [arm for arm in self.missing if arm.name != row["arm"]]
 
     def failed(self, arm: Arm, reason: str, message: str) -> Row:
         """The row of an arm that cannot be measured."""

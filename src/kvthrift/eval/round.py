@@ -77,7 +77,7 @@ class Round:
             self.bench.check_length(prompt.longest, f"sample {self.sample.id} of {self.sample.task} with its answer")
         except KvthriftError as error:
             for arm in self.missing:
-                yield self._row(arm, Failure.of(error))
+                yield self.row(arm, Failure.of(error))
             return
         done: dict[str, list[Part]] = {arm.name: [] for arm in self.missing}
         recorder = Recorder(self.bench, self.sample, prompt, visible=self.visible)
@@ -86,12 +86,12 @@ class Round:
                 if isinstance(found, Part):
                     done[arm.name].append(found)
                     if len(done[arm.name]) == len(prompt.readings):
-                        row = self._row(arm, done[arm.name], prompt)
+                        row = self.row(arm, done[arm.name], prompt)
                         self._keep(recorder, arm, done[arm.name][0], row)
                         yield row
                 else:
                     del done[arm.name]
-                    yield self._row(arm, found)
+                    yield self.row(arm, found)
 
     def _outcomes(
         self, prompt: Prompt, reading: Reading, wanted: dict[str, list[Part]], recorder: Recorder
@@ -136,7 +136,8 @@ class Round:
             number: tokenize(self.bench.tokenizer, turn.answers[0]) for number, turn in enumerate(self.sample.turns)
         }
 
-    def _row(self, arm: Arm, found: Sequence[Part] | Failure, prompt: Prompt | None = None) -> Row:
+    def row(self, arm: Arm, found: Sequence[Part] | Failure, prompt: Prompt | None = None) -> Row:
+        """An arm's row, from what it did or why it did not."""
         blank = blank_row(self.sample, arm, visible=self.visible, session=self.session)
         if not isinstance(found, Failure) and prompt is not None:
             parts = found

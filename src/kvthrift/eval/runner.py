@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from kvthrift.errors import DataError, UnknownNameError
+from kvthrift.errors import DataError, OptionError, UnknownNameError
 from kvthrift.eval.arm import Arm, redrawn
+from kvthrift.eval.batch import Batch, joined
 from kvthrift.eval.bench import Bench, PlainTokenizer
 from kvthrift.eval.config import Grid
 from kvthrift.eval.folder import RunFolder
@@ -43,6 +44,7 @@ class Runner:
         tell: called with the progress after every row, and after every sample that was there already.
         retry: measure again what failed in an earlier start.
         crew: workers for all samples that are not timed; None to measure them here.
+        batch: samples that are read and answered together, of those that are not timed and have one question.
     """
 
     bench: Bench
@@ -53,6 +55,14 @@ class Runner:
     tell: Callable[[Progress], None] = field(default=lambda _: None)
     retry: bool = False
     crew: Crew | None = None
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch > 1 and (self.grid.agreement or self.grid.physics):
+            raise OptionError(
+                f"a batch of {self.batch} samples is only answered: agreement and physics are measured sample by "
+                "sample. Give --no-agreement and --no-physics, or no --batch."
+            )
 
     def check(self) -> None:
         """Refuse, before anything is read, what could not be run: each task makes its first sample.
@@ -82,16 +92,20 @@ class Runner:
         progress = Progress(0, len(self.tasks) * self.grid.samples * rows_a_sample)
         snapshot = folder.snapshots.add if folder.snapshots else None
         if self.crew is None:
-            for job in self._jobs(folder, done, progress, (True, False)):
+            for job in self._joined(self._jobs(folder, done, progress, (True, False))):
                 for row in job.rows(self.bench, self.scorers, snapshot):
                     self._keep(row, folder, progress)
             return
         for job in self._jobs(folder, done, progress, (True,)):  # timed: with nothing else at work
             for row in job.rows(self.bench, self.scorers, snapshot):
                 self._keep(row, folder, progress)
-        with closing(self.crew.rows(self._jobs(folder, done, progress, (False,)), snapshot)) as found:
+        left = self._jobs(folder, done, progress, (False,))
+        with closing(self.crew.rows(self._joined(left), snapshot)) as found:
             for row in found:
                 self._keep(row, folder, progress)
+
+    def _joined(self, jobs: Iterator[Job]) -> Iterator[Job | Batch]:
+        return joined(jobs, self.batch) if self.batch > 1 else jobs
 
     def _keep(self, row: Row, folder: RunFolder, progress: Progress) -> None:
         folder.rows.append(row)
@@ -130,7 +144,7 @@ class Runner:
             turn = partial(Round, sample=sample, arms=arms, visible=visible, alone=alone, session=folder.session)
             if missing:
                 recorded = place[1] < self.grid.snapshots
-                yield Job(turn, sample, place, visible, missing, folder.session, recorded)
+                yield Job(turn, sample, place, visible, missing, folder.session, recorded, alone)
 
     def _samples(self, task: Task, count: int) -> Iterator[Sample]:
         data = Path(self.grid.data) if self.grid.data else None

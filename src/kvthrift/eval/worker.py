@@ -17,6 +17,7 @@ from threading import Thread
 
 import torch
 
+from kvthrift.eval.batch import Batch
 from kvthrift.eval.bench import Bench
 from kvthrift.eval.config import Grid
 from kvthrift.eval.job import Job
@@ -63,7 +64,7 @@ def work(pipe: Connection, make: Make, number: int, threads: int) -> None:
             _measure(pipe, pipe.recv(), bench, scorers)
 
 
-def _measure(pipe: Connection, job: Job, bench: Bench, scorers: Mapping[str, Score]) -> None:
+def _measure(pipe: Connection, job: Job | Batch, bench: Bench, scorers: Mapping[str, Score]) -> None:
     try:
         for row in job.rows(bench, scorers, lambda snapshot: pipe.send((SNAPSHOT, snapshot))):
             pipe.send((ROW, row))

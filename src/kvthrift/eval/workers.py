@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from kvthrift.errors import RunError
+from kvthrift.eval.batch import Batch
 from kvthrift.eval.job import Job, Keep
 from kvthrift.eval.rows import Row
 from kvthrift.eval.worker import DONE, FAILED, READY, ROW, SNAPSHOT, Make, work
@@ -39,7 +40,7 @@ class Crew:
     count: int
     make: Make
 
-    def rows(self, jobs: Iterator[Job], keep: Keep | None) -> Generator[Row]:
+    def rows(self, jobs: Iterator[Job | Batch], keep: Keep | None) -> Generator[Row]:
         """The rows of all jobs, as they come; close it to end the workers early.
 
         Args:
@@ -60,7 +61,7 @@ class Crew:
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    job: Job
+    job: Job | Batch
     ready: bool = False
 
 
@@ -69,12 +70,12 @@ class _Shift:
     """Workers at work. ``room``: how many there may be; one that cannot start is not replaced."""
 
     crew: Crew
-    jobs: Iterator[Job]
+    jobs: Iterator[Job | Batch]
     keep: Keep | None
     room: int
     started: int = 0
     reason: str = ""
-    again: deque[tuple[Job, int]] = field(default_factory=deque)
+    again: deque[tuple[Job | Batch, int]] = field(default_factory=deque)
     strikes: dict[Connection, int] = field(default_factory=dict)
     working: dict[Connection, _Worker] = field(default_factory=dict)
     leaving: list[BaseProcess] = field(default_factory=list)
@@ -102,14 +103,14 @@ class _Shift:
         for process in (*self.leaving, *(worker.process for worker in self.working.values())):
             _reap(process)
 
-    def _next(self) -> tuple[Job, int] | None:
+    def _next(self) -> tuple[Job | Batch, int] | None:
         """A job, and how many workers died on its first arm."""
         if self.again:
             return self.again.popleft()
         job = next(self.jobs, None)
         return None if job is None else (job, 0)
 
-    def _start(self, job: Job, strikes: int) -> None:
+    def _start(self, job: Job | Batch, strikes: int) -> None:
         context = mp.get_context("spawn")  # a fork of a process that uses a GPU cannot use it
         ours, theirs = context.Pipe()
         threads = max(1, cores() // self.crew.count)
@@ -129,8 +130,8 @@ class _Shift:
         except (EOFError, OSError):
             kind, content = FAILED, ""
         if kind == ROW:
-            job, self.strikes[worker.pipe] = worker.job, 0
-            job.missing = [arm for arm in job.missing if arm.name != content["arm"]]
+            self.strikes[worker.pipe] = 0
+            worker.job.heard(content)
             yield content
         elif kind == SNAPSHOT and self.keep is not None:
             self.keep(content)
@@ -154,13 +155,17 @@ class _Shift:
         self.leaving.append(worker.process)
 
     def _lost(self, worker: _Worker, said: str) -> Iterator[Row]:
-        """Try its job again; give up the arm on which workers die, and the job if the next one fares no better."""
+        """Try its job again, a batch sample by sample; give up the arm on which workers die, and the job if the next
+        one fares no better."""
         strikes, job = self.strikes[worker.pipe] + 1, worker.job
         self._dismiss(worker)
         reason = said or _ending(worker.process)
         if not worker.ready:
             self.room, self.reason = self.room - 1, reason
             self.again.append((job, strikes - 1))
+            return
+        if isinstance(job, Batch):
+            self.again.extend((part, 0) for part in job.parts())
             return
         given_up = job.missing[:1] if strikes == STRIKES else job.missing if strikes > STRIKES else []
         for arm in given_up:
