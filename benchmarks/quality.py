@@ -42,11 +42,15 @@ def score(found: Interval) -> str:
 
 
 def cell(found: Cell) -> str:
-    """Score, interval, and bytes held as a share of the full cache's."""
-    share = found.cost["share"]
-    held = "" if share is None else f", {share:.0%}"
+    """Score and interval."""
     failed = sum(found.failed.values())
-    return f"{score(found.score)}{held}" + (f", {failed} failed" if failed else "")
+    return score(found.score) + (f", {failed} failed" if failed else "")
+
+
+def held(lines: Sequence[Line]) -> str:
+    """Bytes held as a share of the full cache's: fewest and most of several methods."""
+    shares = sorted({f"{line.cells[ALL].cost['share']:.0%}" for line in lines}, key=lambda text: int(text[:-1]))
+    return shares[0] if len(shares) == 1 else f"{shares[0]} to {shares[-1]}"
 
 
 def named(name: str) -> str:
@@ -65,15 +69,29 @@ def by_arm(table: Table) -> dict[tuple[str, str], Line]:
     return {(line.arm.name.partition("@")[0], line.arm.budget): line for line in table.lines}
 
 
-def compact(table: Table, budgets: Sequence[str]) -> str:
-    """Methods as rows, budgets as columns, means over tasks."""
-    lines = by_arm(table)
-    body = []
+def compact(found: Sequence[Table], budgets: Sequence[str]) -> str:
+    """Methods as rows, budgets and ways to ask as columns, means over tasks; those that find their own budget last."""
+    columns = [(by_arm(table), table.question, budget) for budget in budgets for table in reversed(found)]
+    body = [["bytes held", *(held([x for (n, b), x in lines.items() if b == size]) for lines, _, size in columns)]]
     for method in methods():
-        found = [lines.get((method, "all" if method == "full" else budget)) for budget in budgets]
-        if any(found):
-            body.append([named(method), *("-" if line is None else cell(line.cells[ALL]) for line in found)])
-    return grid([f"question {table.question}", *budgets], body)
+        cells = [lines.get((method, "all" if method == "full" else size)) for lines, _, size in columns]
+        if any(cells):
+            body.append([named(method), *("-" if line is None else cell(line.cells[ALL]) for line in cells)])
+    table = grid(["method", *(f"{size} {question}" for _, question, size in columns)], body)
+    return "\n\n".join((table, *own(found)))
+
+
+def own(found: Sequence[Table]) -> list[str]:
+    """A sentence for each method that finds its own budget."""
+    lines = [(table.question, line) for table in reversed(found) for line in table.lines if line.arm.budget == "own"]
+    names = dict.fromkeys(line.arm.name.partition("@")[0] for _, line in lines)
+    parts = {name: [one for one in lines if one[1].arm.name.startswith(f"{name}@")] for name in names}
+    return [
+        f"{name} finds its own budget: "
+        + "; ".join(f"{cell(line.cells[ALL])} {question}, holding {held([line])}" for question, line in of_name)
+        + "."
+        for name, of_name in parts.items()
+    ]
 
 
 def by_task(table: Table) -> str:
@@ -92,10 +110,10 @@ def written(run: Run, found: Sequence[Table], budgets: Sequence[str]) -> tuple[s
     )
     about = (
         f"{provenance(run)}\n\nCells: mean score over {len(found[0].samples)} tasks, 0 to 100 (95% interval, paired "
-        f"bootstrap), and bytes held after compression of those of the full cache; {cut}where every sample scored "
-        f"alike an interval is a point, which says that there were few. Samples compared: {samples}."
+        f"bootstrap); bytes held after compression, of those of the full cache's keys and values; {cut}where every "
+        f"sample scored alike an interval is a point, which says that there were few. Samples compared: {samples}."
     )
-    main = "\n\n".join([*(compact(table, budgets) for table in found), about]) + "\n"
+    main = f"{compact(found, budgets)}\n\n{about}\n"
     return main, "\n\n".join(f"By task, question {table.question}:\n\n{by_task(table)}" for table in found) + "\n"
 
 
