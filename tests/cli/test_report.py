@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Run
 from tests.eval.report.pages import GRID, SESSION, write
+from tests.tune.pages import write_study
 
 from kvthrift.eval.arm import arms
 from kvthrift.eval.folder import RunFolder
@@ -49,3 +50,17 @@ def test_no_rows_no_page(kvthrift: Run, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "holds no rows" in " ".join(result.stderr.split())
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_search_is_reported_in_every_format(kvthrift: Run, tmp_path: Path) -> None:
+    study = write_study(tmp_path / "study")
+    for format, said in (("md", "| 3 | 75.0%"), ("csv", "study,judges"), ("json", '"judges"'), ("html", "<!doctype")):
+        result = kvthrift("report", study, "--format", format)
+        assert result.exit_code == 0, result.stderr
+        assert said in result.stdout
+
+
+def test_searches_and_runs_are_not_mixed(kvthrift: Run, finished: Path, tmp_path: Path) -> None:
+    result = kvthrift("report", write_study(tmp_path / "study"), finished)
+    assert result.exit_code == 2
+    assert "runs or searches" in " ".join(result.stderr.split())

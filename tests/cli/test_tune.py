@@ -40,6 +40,10 @@ def test_the_result_is_a_recipe_that_other_verbs_take(
     assert result.stdout.strip() == str(best)
     for said in ("trial 0: agreement", "full cache  agreement 100.0%", "at first", "best   ", "measured on 2 prompts"):
         assert said in result.stderr
+    page = (tmp_path / "study" / "page.html").read_text(encoding="utf-8")
+    assert "watch it in a browser" in result.stderr
+    assert "All 6 trials" in page
+    assert 'http-equiv="refresh"' not in page
     recipe = Recipe.load(best)
     assert len(recipe.layers.entries) == 2
     assert sum(recipe.layers.entries) <= 2 * 64

@@ -10,11 +10,16 @@ import typer
 from kvthrift.cli import options as o
 from kvthrift.cli.eval import format_of
 from kvthrift.cli.files import check_target, write_whole
+from kvthrift.errors import OptionError
 from kvthrift.eval.folder import read_run
-from kvthrift.eval.formats import FORMATS
+from kvthrift.eval.formats import FORMATS, Reported
 from kvthrift.eval.table import tables
+from kvthrift.tune.report import FORMATS as SEARCHES
+from kvthrift.tune.report import is_study, read_study
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that 'kvthrift eval' wrote to.")]
+Runs = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="Folders that 'kvthrift eval' or 'kvthrift tune' wrote to.")
+]
 Shown = Annotated[
     str | None,
     typer.Option(
@@ -33,17 +38,33 @@ Force = Annotated[bool, typer.Option("--force", help="Let --out overwrite a file
 def report(runs: Runs, format: Shown = None, out: Out = None, force: Force = False, debug: o.Debug = False) -> None:
     """Print the tables of runs: scores, agreement with the full cache, what eviction did, and cost.
 
-    As a page (--out page.html) they come with plots and filters, in one file that needs no network.
+    Of a search: every recipe it measured, and the front. As a page (--out page.html) they come with plots and filters,
+    in one file that needs no network.
     """
     show = format_of(format or _format_by(out))
     if out is not None:
         check_target(out, force=force)
-    found = [read_run(path) for path in runs]
-    text = show([(run, tables(run)) for run in found])
+    text = _searched(runs, format or _format_by(out)) if any(map(is_study, runs)) else show(_read(runs))
     if out is None:
         typer.echo(text, nl=False)
     else:
         write_whole(out, text, force=force)
+
+
+def _read(runs: list[Path]) -> Reported:
+    return [(run, tables(run)) for run in map(read_run, runs)]
+
+
+def _searched(runs: list[Path], format: str) -> str:
+    """Searches in one of their formats.
+
+    Raises:
+        OptionError: there are runs among them.
+    """
+    others = [str(path) for path in runs if not is_study(path)]
+    if others:
+        raise OptionError(f"{', '.join(others)} are no searches, and one report has runs or searches. Give them apart.")
+    return SEARCHES[format]([read_study(path) for path in runs])
 
 
 def _format_by(out: Path | None) -> str:

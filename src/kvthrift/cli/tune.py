@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from kvthrift.cli import options as o
 from kvthrift.cli.choose import choose_recipe
 from kvthrift.cli.progress import Bars
 from kvthrift.cli.tune_bar import TuneBar, said
+from kvthrift.cli.tune_page import LivePage
 from kvthrift.errors import OptionError, RecipeError
 from kvthrift.eval import tasks as registry
 from kvthrift.eval.bench import Bench
@@ -30,7 +31,7 @@ from kvthrift.tune.aim import Aim
 from kvthrift.tune.plan import plan
 from kvthrift.tune.probe import Asked, Probes, prompts_of
 from kvthrift.tune.sample import check_optuna
-from kvthrift.tune.search import ENGINES, Search
+from kvthrift.tune.search import ENGINES, Progress, Search
 from kvthrift.tune.shards import Shards
 from kvthrift.tune.space import Space
 from kvthrift.tune.study import BEST, FRONT, Study, check_study
@@ -38,6 +39,8 @@ from kvthrift.tune.study import BEST, FRONT, Study, check_study
 SEARCH = "Search"
 ON = "What it is measured on"
 INTERRUPTED = 130
+
+Tell = Callable[[Progress], None]
 
 
 def _option(help: str, *flags: str, panel: str = SEARCH, **more: Any) -> Any:
@@ -162,8 +165,11 @@ def tune(
         _interruptible(console, study),
         _measuring(workers, grid, bench, asked, space, follows=aim.judges == "agreement") as measures,
     ):
-        search = Search(space, aim, measures, study, engine, trials, sigma, population, seed, bar.tell)
+        watched = LivePage(out, console)
+        tell = partial(_both, bar.tell, watched.tell)
+        search = Search(space, aim, measures, study, engine, trials, sigma, population, seed, tell)
         best = search.run()
+        watched.finish()
     first = search.seen[min(search.seen)]
     for label, measured in (("full cache", search.full), ("at first", first.measured), ("best", best.measured)):
         if measured is not None:
@@ -172,6 +178,11 @@ def tune(
         f"{len(search.seen)} recipes measured on {len(asked)} prompts; see {out / FRONT if aim.trades else out}"
     )
     typer.echo(str(out / BEST))
+
+
+def _both(one: Tell, other: Tell, progress: Progress) -> None:
+    one(progress)
+    other(progress)
 
 
 def _longest(bench: Bench, asked: list[Asked]) -> int:

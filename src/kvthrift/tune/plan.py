@@ -17,6 +17,7 @@ from kvthrift.integrations.transformers.cache import Cache
 from kvthrift.part import require
 from kvthrift.recipe import Recipe
 from kvthrift.runtime.compress import check_floor
+from kvthrift.store import entry_and_head_bytes
 from kvthrift.tune.aim import Aim
 from kvthrift.tune.options import Dim, numeric_options, option_dim
 from kvthrift.tune.space import BUDGET, Layers, Space, check_layers, layer_dims
@@ -110,9 +111,10 @@ def _target(model: PreTrainedModel, cache: Cache, recipe: Recipe, longest: int, 
     store = layer.store
     assert store is not None
     planes = int(recipe.needs.columns) + int(recipe.merge.biased)
-    size = (store.shape.key_dim + store.shape.value_dim) * store.pool.keys.element_size() + 4 * (1 + planes)
+    form = None if recipe.codec is None else recipe.codec.format
+    size, fixed = entry_and_head_bytes(store.shape, store.dtype, page, form)
     heads = cache.state.layer_count * store.shape.kv_heads
-    return budget.entries(longest, heads=heads, entry_bytes=size, page=page)
+    return budget.entries(longest, heads=heads, entry_bytes=size + 4 * (1 + planes), page=page, head_bytes=fixed)
 
 
 def _now(recipe: Recipe, layers: Layers, target: int) -> dict[int, int]:

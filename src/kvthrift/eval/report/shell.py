@@ -15,7 +15,7 @@ from typing import Any
 
 from kvthrift.errors import MissingPackageError
 
-PARTS = ("base", "filters", "tables", "figure", "quality", "heat", "maps", "tokens", "inside", "begin")
+PARTS = ("base", "filters", "tables", "figure", "quality", "heat", "maps", "tokens", "inside", "study", "begin")
 
 
 def fill(template: str, *, title: str, data: dict[str, Any], **values: Any) -> str:

@@ -12,7 +12,7 @@ async function begin() {
   watchTables();
   watchNeedles();
   watchInside();
-  listeners.push(showTables, showQuality, showAgreement, showNeedles, showInside);
+  listeners.push(showTables, showQuality, showAgreement, showNeedles, showInside, showStudies);
   tell();
   showSwatches();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showSwatches);
