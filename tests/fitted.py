@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from transformers import PreTrainedConfig
 
 from kvthrift import Recipe
 from kvthrift.allocate import BudgetLayers, GroupHeads, TableHeads, TableLayers
-from kvthrift.score import ChosenHeads
+from kvthrift.score import ChosenHeads, LinearSurrogate
+from kvthrift.score.surrogate import EXTRA, pack
 
-CALIBRATED = ("headkv", "compresskv", "evolkv", "uncomp")  # methods that need a calibration of the very model
+CALIBRATED = ("headkv", "compresskv", "evolkv", "uncomp", "kvzap")  # methods that need a calibration of the very model
 TOLD = ("sablock",)  # methods that have to be told the text's tokens
 APART = (*CALIBRATED, *TOLD)
 DELIMITERS = tuple(range(0, 199, 9))  # of the tiny models' 199 tokens
 
 
-def fitted(recipe: Recipe, *, layers: int = 2, kv_heads: int = 2, group: int = 2) -> Recipe:
+def fitted(recipe: Recipe, *, layers: int = 2, kv_heads: int = 2, group: int = 2, dim: int = 16) -> Recipe:
     """The recipe with tables of its own kind for a model of these sizes; one without tables stays as it is."""
     scorer, over, heads = recipe.scorer, recipe.layers, recipe.heads
     if isinstance(scorer, ChosenHeads):
         row = tuple(range(kv_heads * group))
         scorer = replace(scorer, ranked=(row[::-1], row) * (layers // 2) + (row,) * (layers % 2), model="")
+    if isinstance(scorer, LinearSurrogate):
+        weights = torch.randn(layers, kv_heads, 2 * dim + EXTRA, generator=torch.Generator().manual_seed(0))
+        scorer = LinearSurrogate(pack(weights), layers, kv_heads)
     if isinstance(over, TableLayers):
         over = replace(over, weights=tuple(float(1 + n) for n in range(layers)), model="")
     if isinstance(over, BudgetLayers):
@@ -39,4 +44,5 @@ def fitted_to(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
     """The same for a model's config."""
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    return fitted(recipe, layers=int(config.num_hidden_layers), kv_heads=kv_heads, group=heads // kv_heads)
+    layers, dim = int(config.num_hidden_layers), int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return fitted(recipe, layers=layers, kv_heads=kv_heads, group=heads // kv_heads, dim=dim)

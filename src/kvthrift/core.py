@@ -45,6 +45,8 @@ class SecondPass:
         first, later, reply: token ids of those words for the first chunk, for later ones, and between words and chunk.
             All empty: words of the integration's own, where it has a tokenizer; else none.
         overlap: tokens before a later chunk that its words quote.
+        sees: what repeated tokens attend to: ``"all"`` that was read, or the first ``sinks`` tokens and the
+            ``"chunk"`` they repeat, which makes the pass linear in the context (``among="chunk"`` only).
     """
 
     chunk: int = 2000
@@ -57,6 +59,7 @@ class SecondPass:
     later: tuple[int, ...] = ()
     reply: tuple[int, ...] = ()
     overlap: int = 8
+    sees: Literal["all", "chunk"] = "all"
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,11 @@ def test_bad_input_is_a_line_and_two(
 def test_other_methods_are_measured_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verb, "load_model", lambda *_, **__: (tiny("llama"), Spelling()))
     knows(monkeypatch)
-    for name, shown in (("compresskv", "The 2 of 2 layers that suffer most"), ("uncomp", "Query entropy of 4 heads")):
+    for name, shown in (
+        ("compresskv", "The 2 of 2 layers that suffer most"),
+        ("uncomp", "Query entropy of 4 heads"),
+        ("kvzap", "log scores explained in 4 KV heads"),
+    ):
         out = str(tmp_path / f"{name}.safetensors")
         found = run(name, "--out", out, "--samples", "2", "--length", "700")
         assert found.exit_code == 0, found.output

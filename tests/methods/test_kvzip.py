@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.models import text, tiny
 from tests.reading import held
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from kvthrift import Cache, Recipe, method, prefill
+from kvthrift import Cache, OptionError, Recipe, method, prefill
 from kvthrift.allocate import PoolLayers
 from kvthrift.core import SecondPass
 from kvthrift.score import SecondPassAttention, WindowAttention
@@ -168,3 +170,44 @@ def test_words_are_part_of_what_is_gathered() -> None:
         assert held(whole.compressed(recipe)) == held(prefill(model, ids, recipe))
     passes = {x for layer in whole.state.layers for x in layer.second_pass}
     assert passes == {SecondPass(sinks=4), SecondPass(sinks=4, first=FIRST)}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_a_repetition_that_sees_its_chunk_alone(name: str) -> None:
+    """What a model says of sinks, chunk and repetition by themselves, at the positions they have, is what is scored."""
+    model, eager, sinks, chunk = tiny(name), tiny(name, "eager"), 4, 40
+    ids = text(1, sinks + 2 * chunk)
+    recipe = method("kvzip", budget=50, repeat=chunk, sees="chunk", sinks=sinks, first=(5,), later=(6,), overlap=0)
+    cache = looked(model, ids, recipe)
+    for number, word in ((0, 5), (1, 6)):
+        first = sinks + number * chunk
+        place = torch.cat((torch.arange(sinks), torch.arange(first, first + chunk)))
+        again = torch.cat((torch.tensor([[word]]), ids[:, first : first + chunk]), dim=1)
+        wanted = _rows_behind(eager, cache, place, again, ids.shape[1])
+        for layer, rows in zip(cache.state.layers, wanted, strict=True):
+            found = layer.second_pass[recipe.scorer.look][0, :, first : first + chunk]
+            best = rows[0, :, :, sinks : sinks + chunk].amax(dim=1)  # [HG, chunk]
+            torch.testing.assert_close(found, best.view(len(found), -1, chunk).amax(dim=1), rtol=1e-3, atol=1e-5)
+
+
+def _rows_behind(eager: Any, cache: Any, place: Any, again: Any, length: int) -> Any:
+    """Attention of ``again`` over the entries at ``place`` of a cache and itself."""
+    past = DynamicCache(config=eager.config)
+    for layer in cache.state.layers:
+        read = layer.store.read()
+        past.update(read.keys[:, :, place].clone(), read.values[:, :, place].clone(), layer.number)
+    positions = (length + torch.arange(again.shape[1]))[None]
+    with torch.inference_mode():
+        return eager(input_ids=again, past_key_values=past, position_ids=positions, output_attentions=True).attentions
+
+
+def test_seeing_the_chunk_alone_needs_scores_among_the_chunk() -> None:
+    with pytest.raises(OptionError, match="no share of the softmax"):
+        SecondPassAttention(among="all", sees="chunk")
+
+
+def test_one_chunk_that_is_the_whole_context_is_seen_alike() -> None:
+    kept = [
+        held(prefill(tiny("llama"), text(1, 60), method("kvzip", budget=20, sees=sees))) for sees in ("all", "chunk")
+    ]
+    assert kept[0] == kept[1]

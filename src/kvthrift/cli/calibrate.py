@@ -19,8 +19,14 @@ from kvthrift.errors import UnknownNameError
 from kvthrift.integrations.transformers.calibrate import measure_heads
 from kvthrift.integrations.transformers.loading import load_model
 from kvthrift.integrations.transformers.measuring import measure_entropy, measure_retrieval
+from kvthrift.integrations.transformers.surrogates import measure_surrogate
 
-METHODS = {"headkv": measure_heads, "compresskv": measure_retrieval, "uncomp": measure_entropy}
+METHODS = {
+    "headkv": measure_heads,
+    "compresskv": measure_retrieval,
+    "uncomp": measure_entropy,
+    "kvzap": measure_surrogate,
+}
 SHOWN = 10
 
 Method = Annotated[str, typer.Argument(metavar="METHOD", help=f"What to measure for: {', '.join(METHODS)}.")]
@@ -59,8 +65,8 @@ def calibrate(
 ) -> None:
     """Measure a model once, for methods that share room out or choose by what its heads and layers are good for.
 
-    Takes a forward pass a test, and for compresskv some words that the model says. A run that is cut short keeps its
-    results beside FILE, and goes on from them when it is started again.
+    Takes a forward pass a test, for compresskv some words that the model says, for kvzap a second reading. A run that
+    is cut short keeps its results beside FILE, and goes on from them when it is started again.
     """
     if method not in METHODS:
         raise UnknownNameError("method to calibrate for", method, METHODS)
@@ -88,6 +94,9 @@ def _show(console: Console, found: Artefact, out: Path) -> None:
     elif "layer_error" in found.tensors:
         _show_layers(console, found.tensors["heads"], found.tensors["layer_error"])
         console.print(f"Heads ranked by {facts['found']} of {facts['samples']} tests, those that the model answered.")
+    elif "explained" in found.tensors:
+        _show_explained(console, found.tensors["explained"])
+        console.print(f"Fitted on {facts['samples']} passages of {facts['length']} tokens, read twice.")
     else:
         _show_entropy(console, found.tensors["entropy"].mean(dim=0))
         console.print(f"Measured on {facts['samples']} passages of {facts['length']} tokens.")
@@ -111,6 +120,12 @@ def _show_layers(console: Console, heads: Tensor, errors: Tensor) -> None:
 def _show_entropy(console: Console, entropy: Tensor) -> None:
     console.print(f"Query entropy of {entropy.shape[1]} heads in {len(entropy)} layers")
     rows = [(n, f"{row.min():.3f}", f"{row.mean():.3f}", f"{row.max():.3f}") for n, row in enumerate(entropy)]
+    console.print(_table(("layer", "lowest", "mean", "highest"), rows))
+
+
+def _show_explained(console: Console, explained: Tensor) -> None:
+    console.print(f"Variance of KVzip's log scores explained in {explained.numel()} KV heads: {explained.mean():.1%}")
+    rows = [(n, f"{row.min():.3f}", f"{row.mean():.3f}", f"{row.max():.3f}") for n, row in enumerate(explained)]
     console.print(_table(("layer", "lowest", "mean", "highest"), rows))
 
 

@@ -18,6 +18,7 @@ _FILES = (
     "knorm",
     "kv_compress",
     "kvcompose",
+    "kvzap",
     "kvzip",
     "lagkv",
     "lava",

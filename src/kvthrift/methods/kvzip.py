@@ -17,6 +17,7 @@ def kvzip(
     later: tuple[int, ...] = (),
     reply: tuple[int, ...] = (),
     overlap: int = 8,
+    sees: Literal["all", "chunk"] = "all",
 ) -> Recipe:
     """Keeps what the model attends to when it repeats the context, the highest scores of the whole model.
 
@@ -35,7 +36,9 @@ def kvzip(
         later: token ids that ask for a later chunk; the end of the chunk before it follows them.
         reply: token ids between request and repetition.
         overlap: tokens of the chunk before that a later request quotes.
+        sees: what the repetition attends to: the whole context, as published; or the sinks and the chunk that is
+            repeated, which costs no more the longer the context is (with ``repeat=512``, less than half as much).
     """
-    scorer = SecondPassAttention(repeat, sinks=sinks, first=first, later=later, reply=reply, overlap=overlap)
+    scorer = SecondPassAttention(repeat, sinks=sinks, first=first, later=later, reply=reply, overlap=overlap, sees=sees)
     recipe = Recipe("kvzip", scorer=scorer, protect=Protect(sinks=sinks))
     return recipe if budgets == "uniform" else recipe.with_options(layers=PoolLayers(strict=budgets == "threshold"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvthrift import kernels
-from kvthrift.core import SecondPass
+from kvthrift.core import AttentionOutput, SecondPass
 from kvthrift.errors import CacheStateError
 
 if TYPE_CHECKING:
@@ -51,22 +51,26 @@ class SecondLook:
         if store is None or not store.uniform or store.longest != self.length:
             raise CacheStateError("a second pass needs the whole context, but entries are missing or were dropped.")
         read = store.read()
-        own = kernels.attend(q, k, v, scale=scale, causal=True, need_lse=True)
-        stored = kernels.attend(q, read.keys, read.values, scale=scale, bias=read.bias, need_lse=True)
-        if own.lse is None or stored.lse is None:
-            raise ValueError("a second pass needs the log-sum-exp of what it attends to")
+        own = _part(q, k, v, scale, causal=True)
         if self.wanted.among == "all":
-            lse, keys = torch.logaddexp(own.lse, stored.lse), read.keys
+            near, rest, keys = _part(q, read.keys, read.values, scale), [], read.keys
         else:
-            sinks, chunk = slice(0, self.wanted.sinks), slice(self.start, self.stop)
-            near = [torch.cat((x[:, :, sinks], x[:, :, chunk]), dim=2) for x in (read.keys, read.values)]
-            seen = kernels.attend(q, near[0], near[1], scale=scale, need_lse=True).lse
-            if seen is None:
-                raise ValueError("a second pass needs the log-sum-exp of what it attends to")
-            lse, keys = torch.logaddexp(own.lse, seen), read.keys[:, :, chunk]
+            near = _part(q, self._near(read.keys), self._near(read.values), scale)
+            rest = [_part(q, read.keys[:, :, one], read.values[:, :, one], scale) for one in self._rest()]
+            keys = read.keys[:, :, self.start : self.stop]
+        lse = torch.logaddexp(_lse(own), _lse(near))
         mean = self.wanted.queries == "mean"
         self._join(place, kernels.received_attention(q, keys, scale=scale, lse=lse, mean=mean), q.shape[2])
-        return kernels.merge((stored, own)).out
+        return kernels.merge([near, *rest, own]).out
+
+    def _near(self, entries: Tensor) -> Tensor:
+        """Sinks and the chunk that is repeated, of ``[B, H, T, D]``."""
+        return torch.cat((entries[:, :, : self.wanted.sinks], entries[:, :, self.start : self.stop]), dim=2)
+
+    def _rest(self) -> list[slice]:
+        """What else is seen."""
+        between = (slice(self.wanted.sinks, self.start), slice(self.stop, self.length))
+        return [one for one in between if one.start < one.stop] if self.wanted.sees == "all" else []
 
     def _join(self, place: int, received: Tensor, fed: int) -> None:
         if place not in self._found:
@@ -92,3 +96,13 @@ class SecondLook:
         grouped = self._found.pop(place).view(*shape[:2], -1, self.length)
         found = grouped.amax(dim=2) if self.wanted.group == "max" else grouped.mean(dim=2)
         return found.index_fill(2, torch.arange(min(self.wanted.sinks, self.length), device=found.device), 0.0)
+
+
+def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False) -> AttentionOutput:
+    return kernels.attend(q, k, v, scale=scale, causal=causal, need_lse=True)
+
+
+def _lse(part: AttentionOutput) -> Tensor:
+    if part.lse is None:
+        raise ValueError("a second pass needs the log-sum-exp of what it attends to")
+    return part.lse

@@ -14,6 +14,7 @@ from kvthrift.score.order import Recency, Uninformed
 from kvthrift.score.power import AttentionPower
 from kvthrift.score.second import SecondPassAttention
 from kvthrift.score.segment import SegmentGuided
+from kvthrift.score.surrogate import LinearSurrogate
 from kvthrift.score.window import LastQuery, WindowAttention
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "KeyNorm",
     "LagRelative",
     "LastQuery",
+    "LinearSurrogate",
     "Recency",
     "Scorer",
     "SecondPassAttention",

@@ -31,6 +31,7 @@ class SecondPassAttention(Scorer, name="second_pass"):
     later: tuple[int, ...] = ()
     reply: tuple[int, ...] = ()
     overlap: int = 8
+    sees: Literal["all", "chunk"] = "all"
     value_norm: bool = False
     across_heads: bool = False
     is_mass: ClassVar[bool] = True
@@ -39,6 +40,10 @@ class SecondPassAttention(Scorer, name="second_pass"):
         require(self.chunk >= 0, f"chunk={self.chunk} must be 0 (all at once) or more tokens.")
         require(self.sinks >= 0, f"sinks={self.sinks} must be 0 or more tokens.")
         require(self.overlap >= 0, f"overlap={self.overlap} must be 0 or more tokens.")
+        require(
+            self.sees == "all" or self.among == "chunk",
+            'sees="chunk" needs among="chunk": what is not seen has no share of the softmax.',
+        )
         ids = (*self.first, *self.later, *self.reply)
         require(min(ids, default=0) >= 0, f"token ids {ids} must be 0 or more.")
 
@@ -47,7 +52,7 @@ class SecondPassAttention(Scorer, name="second_pass"):
         """The second pass whose attention this is."""
         return SecondPass(
             self.chunk, self.among, self.queries, self.group, self.sinks, self.instructed, self.first, self.later,
-            self.reply, self.overlap,
+            self.reply, self.overlap, self.sees,
         )  # fmt: skip
 
     @property

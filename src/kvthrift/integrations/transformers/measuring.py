@@ -36,8 +36,8 @@ _EVER = 1 << 40
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What every calibration of this file starts from."""
+class Measuring:
+    """What a calibration on plain passages starts from."""
 
     model: PreTrainedModel
     needles: NeedleTests | None
@@ -80,7 +80,7 @@ def measure_retrieval(
         OptionError: ``samples`` is below 1.
         UnsupportedModelError: an architecture that kvthrift does not compress, or another attention implementation.
     """
-    run = _start(model, tokenizer, text, samples, length, seed, needles=True, room=max(ANSWER, STEPS))
+    run = begin(model, tokenizer, text, samples, length, seed, needles=True, room=max(ANSWER, STEPS))
     go_on, tests, half = continuer(model), run.needles, max(1, samples // 2)
     if tests is None:
         raise ValueError("a run that ranks heads has needle tests")
@@ -127,7 +127,7 @@ def measure_entropy(
 
     Arguments and errors as for :func:`measure_retrieval`; ``samples`` passages are read, none is answered.
     """
-    run = _start(model, tokenizer, text, samples, length, seed, needles=False, room=0)
+    run = begin(model, tokenizer, text, samples, length, seed, needles=False, room=0)
     dims = []
 
     def look(number: int) -> Job:
@@ -182,7 +182,7 @@ def _layers(model: PreTrainedModel, cache: Cache, rows: int) -> Iterator[r.Layer
         yield r.LayerRows(layer.number, found[0].flatten(0, 1), read.values[0], lambda m=module: output_weight(m))  # type: ignore[misc]
 
 
-def _start(
+def begin(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str | None,
@@ -192,7 +192,16 @@ def _start(
     *,
     needles: bool,
     room: int,
-) -> _Run:
+) -> Measuring:
+    """Refuse what cannot be measured, and say on what passages it will be.
+
+    Args:
+        room: tokens that follow each text.
+        needles: whether needle tests are wanted, too.
+
+    Raises:
+        CalibrationError, ContextError, OptionError, UnsupportedModelError: as :func:`measure_retrieval`.
+    """
     if samples < 1:
         raise OptionError(f"samples={samples} must be at least 1 text.")
     Cache(model.config).check_attention()
@@ -211,4 +220,4 @@ def _start(
         "dtype": str(model.dtype).partition(".")[2],
         "weights": weights_fingerprint(model.config, attention_modules(model)),
     }
-    return _Run(model, tests, Passages(encode, filler, length=length, seed=seed, start=start), facts)
+    return Measuring(model, tests, Passages(encode, filler, length=length, seed=seed, start=start), facts)

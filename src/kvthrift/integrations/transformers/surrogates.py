@@ -1,0 +1,110 @@
+"""Reads passages twice with a transformers model, for maps from keys and values to what the second reading looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvthrift.calibrate import Artefact
+from kvthrift.calibrate.heads import Progress
+from kvthrift.calibrate.surrogate import KIND, Sums
+from kvthrift.calibrate.take import Job, Result, take
+from kvthrift.core import SecondPass
+from kvthrift.integrations.transformers.cache import Cache
+from kvthrift.integrations.transformers.calibrate import subject
+from kvthrift.integrations.transformers.facts import attention_modules, module_facts
+from kvthrift.integrations.transformers.measuring import begin
+from kvthrift.integrations.transformers.second_pass import look_again
+from kvthrift.methods import method
+from kvthrift.score import SecondPassAttention
+from kvthrift.score.surrogate import features
+
+ROOM = 64  # tokens of the words that ask for a repetition, at most
+
+
+def measure_surrogate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    target: str | Path,
+    *,
+    samples: int = 16,
+    length: int = 1024,
+    seed: int = 0,
+    text: str | None = None,
+    force: bool = False,
+    progress: Progress = None,
+) -> Artefact:
+    """Fit every head's map from keys and values to KVzip's scores, and write it to a file (2601.07891, 2505.23416).
+
+    Running sums stand in ``target.sums`` until the file is written.
+
+    Args:
+        model: a causal LM loaded with ``attn_implementation="kvthrift"``.
+        tokenizer: the model's.
+        target: the file to write; results so far stand beside it, and a run that was cut short goes on.
+        samples: passages to read.
+        length: tokens of each, and as many of its repetition.
+        seed: another one makes other passages.
+        text: what passages are cut from; the shipped text by default.
+        force: replace a file that is there.
+        progress: told how far it is.
+
+    Raises:
+        CalibrationError: the file is there, or the passages are too short or too few.
+        ContextError: passage and repetition are longer than the model reads.
+        MissingSignalError: the model's rotary embedding is not known.
+        OptionError: ``samples`` is below 1.
+        UnsupportedModelError: an architecture that kvthrift does not compress, or another attention implementation.
+    """
+    run = begin(model, tokenizer, text, samples, length, seed, needles=False, room=length + ROOM)
+    scorer = method("kvzip").scorer
+    assert isinstance(scorer, SecondPassAttention)
+    wanted, path = scorer.look, Path(f"{target}.sums")
+
+    def read(number: int) -> Job:
+        def job(_: list[Result]) -> Result:
+            sums = Sums.load(path) if number else None
+            if sums is None or sums.texts == number:  # else killed between this file and the other: it is in
+                for layer, x, y in _twice(model, tokenizer, run.passages[number], wanted):
+                    sums = sums or Sums.zeros(subject(model).layers, len(x), x.shape[-1])
+                    sums.add(layer, x, y)
+                assert sums is not None
+                sums.texts = number + 1
+                sums.save(path)
+            return {"texts": number + 1}
+
+        return "Reading twice", job
+
+    def finish(results: list[Result]) -> Artefact:
+        weights, explained = Sums.load(path).solve()
+        meta = run.meta(KIND, "kvzap", samples=samples, explained=round(float(explained.mean()), 4))
+        return Artefact(meta, {"weights": weights.float(), "explained": explained.float()})
+
+    settings = {"kind": KIND, "model": subject(model).fingerprint, **run.facts}
+    found = take(target, settings, [read(n) for n in range(samples)], finish, force=force, progress=progress)
+    path.unlink(missing_ok=True)
+    return found
+
+
+def _twice(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], wanted: SecondPass
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Number of a layer, features ``[H, N, F]`` and scores ``[H, N]`` of its entries behind the sinks."""
+    recipe = replace(method("kvzip"), budget=None)
+    cache = Cache(model.config, method("full"), observe=[recipe])
+    tokens = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    look_again(model, cache, tokens, wanted, tokenizer=tokenizer)
+    modules, sinks = attention_modules(model), wanted.sinks
+    for layer in cache.state.layers:
+        if layer.store is None:
+            continue
+        read, rope = layer.store.read(), module_facts(modules[layer.number]).rope()
+        keys = rope.rotate(read.keys[0], -layer.store.positions()[0])
+        yield layer.number, features(keys, read.values[0])[:, sinks:], layer.second_pass[wanted][0, :, sinks:]
