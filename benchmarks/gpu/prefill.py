@@ -3,12 +3,16 @@
     python benchmarks/gpu/prefill.py --out results.md
 
 Random weights in the shape of Llama-3.1-8B in bf16, random tokens. Transformers' own cache (sdpa) and kvthrift's run in
-turn in one process; seconds are medians, peaks are over the weights.
+turn in one process, its own before and after kvthrift's; seconds are medians of readings behind one that is not counted
+(none is left out from 128K on), peaks are over the weights. `--only` names the parts: 32K, 128K (or any such length),
+and 1M, a million tokens in chunks, which reads 256K first and stops after `--seconds`: what it has read by then is its
+result, and what the rest would take is marked as an extrapolation.
 """
 
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -23,15 +27,21 @@ from transformers import DynamicCache
 import kvthrift
 
 BUDGET = 1024
+CHUNK = 8192
+MILLION = 2**20
 
 
-def read(work: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
-    """Median seconds, peak GiB over what was there, and what the last one returned."""
+class Enough(Exception):
+    """The time there was is over."""
+
+
+def read(work: Callable[[], Any], repeats: int, warm: int) -> tuple[list[float], float, Any]:
+    """Seconds of each reading, peak GiB over what was there, and what the last one returned; ``warm`` go uncounted."""
     times, found = [], None
-    for _ in range(repeats):
+    torch.cuda.empty_cache()
+    for turn in range(warm + repeats):
         found = None
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -39,13 +49,15 @@ def read(work: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
         found = work()
         stop.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1000)
-    return median(times), (torch.cuda.max_memory_allocated() - before) / 2**30, found
+        if turn >= warm:
+            times.append(start.elapsed_time(stop) / 1000)
+    return times, (torch.cuda.max_memory_allocated() - before) / 2**30, found
 
 
-def rows(model: Any, length: int, methods: list[str], repeats: int) -> list[str]:
+def rows(model: Any, length: int, methods: list[str], repeats: int, warm: int) -> list[str]:
     """The table's rows for one length."""
     ids = torch.randint(10, 1000, (1, length), device="cuda")
+    size = f"{length // 1024}K"
 
     @torch.inference_mode()
     def stock() -> DynamicCache:
@@ -53,37 +65,105 @@ def rows(model: Any, length: int, methods: list[str], repeats: int) -> list[str]
         model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
         return past
 
-    model.set_attn_implementation("sdpa")
-    base, peak, past = read(stock, repeats)
-    held = sum(t.nbytes for layer in past.layers for t in (layer.keys, layer.values)) / 2**30
-    del past
-    lines = [f"| {length // 1024}K | transformers, full | {base:.2f} | - | {peak:.2f} | {held:.3f} |"]
-    model.set_attn_implementation("kvthrift")
+    def base() -> tuple[list[float], str]:
+        model.set_attn_implementation("sdpa")
+        times, peak, past = read(stock, repeats, warm)
+        held = sum(t.nbytes for layer in past.layers for t in (layer.keys, layer.values)) / 2**30
+        model.set_attn_implementation("kvthrift")
+        return times, f"{peak:.2f} | {held:.3f} |"
+
+    first, _ = base()
+    found = []
     for name in methods:
         budget = None if name == "full" else BUDGET
-        took, peak, cache = read(
-            lambda name=name, budget=budget: kvthrift.prefill(model, ids, name, budget=budget), repeats
+        times, peak, cache = read(
+            lambda name=name, budget=budget: kvthrift.prefill(model, ids, name, budget=budget), repeats, warm
         )
-        held = cache.report().bytes / 2**30
+        found.append((name, median(times), f"{peak:.2f} | {cache.report().bytes / 2**30:.3f} |"))
         del cache
-        over = f"{100 * (took / base - 1):+.1f}%"
-        lines.append(f"| {length // 1024}K | kvthrift {name} | {took:.2f} | {over} | {peak:.2f} | {held:.3f} |")
-        print(lines[-1], flush=True)
+        print(f"    {size} {name}: {median(times):.3f} s, before {median(first):.3f}", flush=True)
+    last, rest = base()
+    stands = median(first + last)
+    lines = [f"| {size} | transformers, full | {stands:.3f} ({median(first):.3f}, {median(last):.3f}) | - | {rest}"]
+    lines += [
+        f"| {size} | kvthrift {name} | {took:.3f} | {100 * (took / stands - 1):+.1f}% | {more}"
+        for name, took, more in found
+    ]
+    print("\n".join(lines), flush=True)
     return lines
 
 
+class Progress:
+    """A forward hook that says how far a reading in chunks has come, and ends it when its time is over."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.tokens, self.chunks = seconds, 0, 0
+        self.began = self.now = time.perf_counter()
+
+    def __call__(self, _module: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        torch.cuda.synchronize()
+        self.tokens, self.chunks = self.tokens + kwargs["input_ids"].shape[1], self.chunks + 1
+        self.now = time.perf_counter()
+        if self.chunks % 16 == 0:
+            print(f"    {self.tokens // 1024}K tokens, {self.speed:,.0f} a second", flush=True)
+        if self.now - self.began > self.seconds:
+            raise Enough
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second so far."""
+        return self.tokens / max(self.now - self.began, 1e-9)
+
+
+def in_chunks(model: Any, length: int, seconds: float) -> tuple[str, float]:
+    """The table's row for a prompt that is read in chunks, or as much of it as there is time for; tokens a second."""
+    ids = torch.randint(10, 1000, (1, length), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, progress = torch.cuda.memory_allocated(), Progress(seconds)
+    hook = model.register_forward_hook(progress, with_kwargs=True)
+    name, held = f"{length // 1024}K in chunks of {CHUNK // 1024}K", "-"
+    try:
+        cache = kvthrift.prefill(model, ids, "snapkv", budget=4096, chunk=CHUNK)
+        torch.cuda.synchronize()
+        progress.now = time.perf_counter()
+        held = f"{cache.report().bytes / 2**30:.3f}"
+    except Enough:
+        name += f", cut off at {progress.tokens // 1024}K"
+    finally:
+        hook.remove()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    took = progress.now - progress.began
+    return f"| {name} | kvthrift snapkv, 4096 | {took:.1f} | - | {peak:.2f} | {held} |", progress.speed
+
+
+def million(model: Any, seconds: float) -> list[str]:
+    """A quarter of a million tokens in chunks, what a million would take by that, and a million."""
+    first, speed = in_chunks(model, MILLION // 4, seconds)
+    print(first, flush=True)
+    guess = f"At the speed of the first quarter a million tokens take {MILLION / speed:.0f} s (extrapolated)."
+    print(guess, flush=True)
+    row, speed = in_chunks(model, MILLION, seconds)
+    print(row, flush=True)
+    return [first, row, "", guess, "", f"The last line reads {speed:,.0f} tokens a second."]
+
+
 def main(
-    lengths: str = "32768,131072",
+    only: Annotated[str, typer.Option(help="parts: lengths such as 32K and 128K, and 1M")] = "32K,128K,1M",
     methods: str = "full,snapkv,adakv,expected_attention",
+    short: Annotated[str, typer.Option(help="methods that are read up to 32K only")] = "h2o",
     repeats: int = 3,
-    million: Annotated[bool, typer.Option(help="also read 2**20 tokens in chunks")] = True,
+    seconds: Annotated[float, typer.Option(help="the most that each reading in chunks may take")] = 120.0,
     out: Annotated[Path | None, typer.Option(help="append the Markdown here")] = None,
 ) -> None:
     """Measure this GPU."""
     torch.manual_seed(0)
     model = shape_of_8b(32)
     model.config.max_position_embeddings = 2**21
-    kvthrift.prefill(model, torch.ones(1, 4096, dtype=torch.long, device="cuda"), "snapkv", budget=BUDGET)
+    warm = torch.ones(1, 4096, dtype=torch.long, device="cuda")
+    for name in (*methods.split(","), *filter(None, short.split(","))):  # kernels are compiled here
+        if name != "full":
+            kvthrift.prefill(model, warm, name, budget=BUDGET)
     lines = [
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}, transformers {transformers.__version__}, kvthrift "
         f"{kvthrift.__version__}, Python {platform.python_version()}. Budget {BUDGET} entries a head; medians of "
@@ -92,14 +172,13 @@ def main(
         "| prompt | cache | prefill s | over transformers | peak GiB over weights | GiB held |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for length in map(int, lengths.split(",")):
-        lines += rows(model, length, methods.split(","), repeats if length < 2**17 else 1)
-    if million:
-        ids = torch.randint(10, 1000, (1, 2**20), device="cuda")
-        took, peak, cache = read(lambda: kvthrift.prefill(model, ids, "snapkv", budget=4096, chunk=8192), 1)
-        held = cache.report().bytes / 2**30
-        lines.append(f"| 1024K in chunks of 8K | kvthrift snapkv, 4096 | {took:.1f} | - | {peak:.2f} | {held:.3f} |")
-        lines += ["", f"The last line reads {2**20 / took:,.0f} tokens a second."]
+    for part in only.split(","):
+        if part == "1M":
+            lines += million(model, seconds)
+            continue
+        length = int(part.removesuffix("K")) * 1024
+        chosen = methods + (f",{short}" if short and length <= 2**15 else "")
+        lines += rows(model, length, chosen.split(","), *((repeats, 1) if length < 2**17 else (1, 0)))
     text = "\n".join(lines)
     print(text)
     if out is not None:

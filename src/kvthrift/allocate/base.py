@@ -20,7 +20,7 @@ class LayerAllocator(Part, kind="layers"):
 
     ``scope="layer"`` answers as soon as a layer is prefilled (:meth:`total`). ``scope="model"`` weighs layers against
     each other (:meth:`weight`): the runtime cuts finished layers further as later ones are weighed, so that the whole
-    never holds more than the budget. ``scope="joint"`` sees the scores of all layers before any is cut
+    holds little more than the budget. ``scope="joint"`` sees the scores of all layers before any is cut
     (:meth:`share`), which takes the memory of the whole uncompressed cache. ``gives_heads`` says that it then gives
     each head its own budget. One that ``decides`` finds how much is enough (:meth:`stop`); a budget is an upper limit
     then, and none is needed.
@@ -83,6 +83,11 @@ class HeadAllocator(Part, kind="heads"):
         """Whether every head of a layer gets as many entries."""
         return False
 
+    @property
+    def nested(self) -> bool:
+        """Whether cutting by the same scores in several steps keeps what cutting at once to the last would keep."""
+        return False
+
     @abstractmethod
     def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
         """Entries of each head ``[B, H]`` int64, at most ``view.lengths``, at least 1.
@@ -105,6 +110,10 @@ class UniformHeads(HeadAllocator, name="uniform"):
 
     @property
     def uniform(self) -> bool:
+        return True
+
+    @property
+    def nested(self) -> bool:
         return True
 
     def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:

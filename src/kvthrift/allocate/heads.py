@@ -13,6 +13,7 @@ from kvthrift.allocate.base import HeadAllocator
 from kvthrift.allocate.share import Ints, share_out
 from kvthrift.core import LayerView
 from kvthrift.errors import ModelMismatchError
+from kvthrift.kernels import best
 from kvthrift.part import require
 
 
@@ -37,15 +38,18 @@ class AdaptiveHeads(HeadAllocator, name="adaptive"):
         require(0 <= self.safeguard <= 1, f"safeguard={self.safeguard} must lie between 0 and 1.")
         require(self.blend is None or 0 <= self.blend <= 1, f"blend={self.blend} must lie between 0 and 1.")
 
+    @property
+    def nested(self) -> bool:
+        return self.blend is None
+
     def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
         b, h, t = scores.shape
         floor = (per_head.double() * (0.0 if self.blend is not None else self.safeguard)).floor().long().clamp(min=1)
         total = torch.minimum(per_head * h, view.lengths.sum(dim=1))
-        safe = ranks(scores) < floor[:, None, None]
+        safe = best(scores, floor[:, None].expand(b, h))
         contest = scores.masked_fill(safe & view.valid, float("inf"))
-        places = ranks(contest.transpose(1, 2).reshape(b, t * h))  # token-major, so that ties spread over heads
-        won = (places < total[:, None]).view(b, t, h).transpose(1, 2)
-        counts = won.sum(dim=-1)
+        won = best(contest.transpose(1, 2).reshape(b, t * h), total)  # token-major, so that ties spread over heads
+        counts = won.view(b, t, h).sum(dim=1)
         if self.blend is None:
             return counts
         wanted = self.blend * counts.double() + (1 - self.blend) * per_head[:, None].double()

@@ -98,9 +98,11 @@ class PreferenceLayers(LayerAllocator, name="preference"):
         return Signals(window=self.window)
 
     def weight(self, view: LayerView, scores: Tensor) -> Tensor:
-        rows = window_rows(view, self.window).masked_fill(view.tail(self.window)[:, :, None, None], 0.0)
-        entropy = -(rows * rows.clamp(min=1e-30).log()).sum(dim=(3, 4)).mean(dim=(1, 2))
-        variance = rows.var(dim=3, unbiased=False).sum(dim=-1).mean(dim=(1, 2))
+        rows = window_rows(view, self.window)  # [B, H, G, W, T]
+        window = view.tail(self.window)[:, :, None]
+        spread = torch.special.entr(rows).sum(dim=3).masked_fill(window, 0.0)
+        change = rows.var(dim=3, unbiased=False).masked_fill(window, 0.0)
+        entropy, variance = (x.sum(dim=-1).mean(dim=(1, 2)) for x in (spread, change))
         return (entropy.clamp(min=0).log() / self.tau1 + variance.log() / self.tau2).exp()
 
 

@@ -1,8 +1,9 @@
 """What queries look at, computed from keys without storing an attention matrix.
 
-Four views of the same softmax: the last few queries' rows, the column sums over all queries, the most (or the mean)
-that each entry receives, and one step's rows over the entries of the store. Memory is bounded by a block of queries
-times the entries.
+Views of the same softmax: the last few queries' rows or their sums, the column sums over all queries, the most (or the
+mean) that each entry receives, and one step's rows over the entries of the store. Sums are Triton's
+(``triton/norms.py``, ``triton/sums.py``) where there is a GPU for them; torch's, elsewhere, are their naive twins, and
+take the memory of a block of queries times the entries.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvthrift.kernels import naive_scores
+from kvthrift.kernels.fit import dense, fits, launching, load
+from kvthrift.kernels.naive_scores import grouped_heads
+
 _BLOCK = 256  # queries: bounds memory to this many rows of attention a head
-
-
-def _group(q: Tensor, kv_heads: int) -> Tensor:
-    """``[B, HG, W, D] -> [B, H, G, W, D]``."""
-    b, heads, length, dim = q.shape
-    return q.reshape(b, kv_heads, heads // kv_heads, length, dim)
+_FEW = 64  # queries for which it is the keys that take the time
 
 
 def window_attention(
@@ -43,7 +43,7 @@ def window_attention(
         ``[B, H, G, W, T]`` float32, each row a softmax over the entries it sees.
     """
     b, kv_heads, _, dim = k.shape
-    grouped = _group(q, kv_heads)
+    grouped = grouped_heads(q, kv_heads)
     width = grouped.shape[2] * grouped.shape[3]
     logits = grouped.reshape(b, kv_heads, width, dim) @ k.transpose(-1, -2)
     logits = logits.float().view(*grouped.shape[:4], k.shape[2]) * scale
@@ -52,6 +52,36 @@ def window_attention(
     seen = valid[:, :, None, None, :] & (k_positions[:, :, None, None, :] <= q_positions[:, None, None, :, None])
     logits = logits.masked_fill(~seen, float("-inf"))
     return logits.softmax(dim=-1).nan_to_num(0.0)
+
+
+def window_sums(
+    q: Tensor,
+    k: Tensor,
+    *,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    valid: Tensor,
+    scale: float,
+    powers: tuple[int, ...] = (1,),
+    bias: Tensor | None = None,
+) -> list[Tensor]:
+    """Powers of the attention of a few queries, summed over the queries.
+
+    Args:
+        q, k, q_positions, k_positions, valid, scale, bias: as for :func:`window_attention`.
+        powers: 1 for the attention itself, 2 for its square.
+
+    Returns:
+        ``[B, H, G, T]`` float32 for each power.
+    """
+    where = {"q_positions": q_positions, "k_positions": k_positions, "valid": valid, "scale": scale, "bias": bias}
+    if not fits(q, k):
+        return naive_scores.window_sums(window_attention(q, k, **where), powers)  # type: ignore[arg-type]
+    with launching(q.device):
+        given = [dense(x) for x in (q_positions, k_positions, valid)]
+        q, k, bias = dense(q), dense(k), None if bias is None else dense(bias)
+        lse = load("norms").norms(q, k, *given, scale, bias)
+        return [load("sums").sums(q, k, lse, *given, scale, bias, power=p, together=True) for p in powers]
 
 
 def column_sums(
@@ -109,31 +139,17 @@ def power_sums(
     Returns:
         ``[B, H, G, T]`` float32.
     """
-    b, kv_heads, entries, dim = k.shape
-    group = q.shape[1] // kv_heads
-    total = torch.zeros(b, kv_heads, group, entries, dtype=torch.float32, device=k.device)
-    keys = k.float().transpose(-1, -2).reshape(b * kv_heads, dim, entries)
-    for start in range(0, q.shape[2], block):
-        rows = q_positions[:, start : start + block]  # [B, W]
-        width = rows.shape[1]
-        queries = (_group(q[:, :, start : start + block], kv_heads).float() * scale).reshape(b * kv_heads, -1, dim)
-        norm = lse[:, :, start : start + block].reshape(b * kv_heads, group * width, 1)
-        before = ((k_positions <= rows.clamp(min=0).amin() - buffer) & valid).sum(dim=-1)
-        reach = int(((k_positions <= rows.amax()) & valid).sum(dim=-1).amax())
-        clear = min(int(before.amin()), reach)  # entries that every query of the block sees
-        weights = torch.baddbmm(-norm, queries, keys[..., :reach]).view(b, kv_heads, group, width, reach)
-        if bias is not None:
-            weights += bias[:, :, None, None, :reach]
-        weights.exp_()
-        weights = weights.square_() if power == 2 else weights
-        hidden = (k_positions[:, :, None, clear:reach] > rows[:, None, :, None] - buffer) | ~valid[
-            :, :, None, clear:reach
-        ]
-        weights[..., clear:].masked_fill_(hidden[:, :, None], 0.0)
-        if bool((rows < 0).any()):
-            weights.masked_fill_((rows < 0)[:, None, None, :, None], 0.0)
-        total[..., :reach] += weights.sum(dim=3)
-    return total
+    if fits(q, k):
+        with launching(q.device):
+            given = [dense(x) for x in (q, k, lse.float(), q_positions, k_positions, valid)]
+            weight = None if bias is None else dense(bias)
+            few = q.shape[2] <= _FEW
+            found: Tensor = load("sums").sums(*given, scale, weight, power=power, buffer=buffer, together=few)
+            return found
+    return naive_scores.power_sums(
+        q, k, q_positions=q_positions, k_positions=k_positions, valid=valid, scale=scale, lse=lse, power=power,
+        buffer=buffer, bias=bias, block=block,
+    )  # fmt: skip
 
 
 def entry_attention(
@@ -148,7 +164,7 @@ def entry_attention(
     Returns:
         ``[B, H, T]`` float32.
     """
-    grouped = _group(q, k.shape[1])[:, :, :, 0]  # [B, H, G, D]
+    grouped = grouped_heads(q, k.shape[1])[:, :, :, 0]  # [B, H, G, D]
     logits = (grouped @ k.transpose(-1, -2)).float() * scale
     if bias is not None:
         logits = logits + bias[:, :, None]
@@ -178,7 +194,7 @@ def received_attention(
     keys = k.float().transpose(-1, -2).reshape(b * kv_heads, dim, entries)
     found = torch.full((b, kv_heads, group, entries), 0.0 if mean else float("-inf"), device=k.device)
     for start in range(0, q.shape[2], block):
-        queries = _group(q[:, :, start : start + block], kv_heads).float() * scale
+        queries = grouped_heads(q[:, :, start : start + block], kv_heads).float() * scale
         width = queries.shape[3]
         norm = lse[:, :, start : start + block].reshape(b * kv_heads, group * width, 1).float()
         logs = torch.baddbmm(-norm, queries.reshape(b * kv_heads, group * width, dim), keys)

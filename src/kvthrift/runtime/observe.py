@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvthrift import kernels
 from kvthrift.core import QueryMoments, Rope
 from kvthrift.runtime.step import Ints, Step
 
@@ -77,10 +78,10 @@ class QueryStatistics:
     def see(self, q: Tensor, step: Step, rope: Rope) -> None:
         """Take in the packed post-RoPE queries ``[B, HG, length, D]`` of a pass."""
         positions = step.positions
-        plain = rope.rotate(q.float(), -positions[:, None]) / rope.attention_scaling
-        use = (step.real & (positions >= self.after)).float()
-        plain = plain * use[:, None, :, None]
-        count, total, outer = use.sum(dim=1), plain.sum(dim=2), plain.transpose(-1, -2) @ plain
+        use = positions >= self.after
+        use = use & step.real if step.padded else use
+        count = use.sum(dim=1, dtype=torch.float32)
+        total, outer = kernels.query_moments(q, positions, use, rope)
         if self.moments is None:
             self.moments = QueryMoments(count, total, outer)
         else:

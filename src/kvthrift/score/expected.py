@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvthrift.core import LayerView, Rope, Signals
+from kvthrift.kernels import gaussian_logits
 from kvthrift.part import require
 from kvthrift.score.base import Scorer
 from kvthrift.score.window import Reduce, reduce
@@ -45,20 +46,16 @@ class ExpectedAttention(Scorer, name="expected_attention"):
     def score(self, view: LayerView) -> Tensor:
         if view.moments is None or view.rope is None:
             raise ValueError("the runtime did not gather the query moments that were declared")
-        b, h, _, dim = view.keys.shape
-        turn = mean_rotation(view.rope, view.seen, self.future, dim)  # [B, D, D]
-        mean = torch.einsum("bij,bqj->bqi", turn, view.moments.mean).view(b, h, -1, dim)
-        keys = view.keys.float()
-        logits = torch.einsum("bhgd,bhtd->bhgt", mean, keys) * view.scale
+        turn = mean_rotation(view.rope, view.seen, self.future, view.keys.shape[-1])  # [B, D, D]
+        mean, spread = torch.einsum("bij,bqj->bqi", turn, view.moments.mean), None
         if self.covariance:
             spread = torch.einsum("bij,bqjk,blk->bqil", turn, view.moments.covariance, turn)
-            spread = spread.view(b, h, -1, dim, dim)
-            logits = logits + torch.einsum("bhtd,bhgde,bhte->bhgt", keys, spread, keys) * view.scale**2 / 2
+        logits = gaussian_logits(view.keys, mean, spread, view.scale)
         sink = (view.positions < self.sinks) & view.valid
         logits = logits.masked_fill((sink | ~view.valid)[:, :, None], -math.inf)
         score = reduce(logits.softmax(dim=-1).nan_to_num(0.0), self.group, 2) + self.epsilon
         if self.value_norm:
-            score = score * view.values.float().norm(dim=-1)
+            score = score * torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
         top = score.masked_fill(~view.valid, 0.0).amax(dim=-1, keepdim=True)
         return torch.where(sink, top, score)
 
@@ -72,11 +69,7 @@ def mean_rotation(rope: Rope, seen: Tensor, future: int, dim: int) -> Tensor:
     angles = rope.angles(positions)  # [B, F, R/2]
     cos = angles.cos().mean(dim=1) * rope.attention_scaling
     sin = angles.sin().mean(dim=1) * rope.attention_scaling
-    half = cos.shape[-1]
-    out = torch.eye(dim, device=seen.device).repeat(len(seen), 1, 1)
-    first, second = torch.arange(half), torch.arange(half) + half
-    out[:, first, first] = cos
-    out[:, second, second] = cos
-    out[:, first, second] = -sin
-    out[:, second, first] = sin
+    half, rest = cos.shape[-1], dim - 2 * cos.shape[-1]
+    out = torch.diag_embed(torch.cat((cos, cos, cos.new_ones(len(seen), rest)), dim=-1))  # [B, D, D]
+    out[:, : 2 * half, : 2 * half] += torch.diag_embed(sin, offset=-half) - torch.diag_embed(sin, offset=half)
     return out

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kvthrift.core import LayerView, Signals
-from kvthrift.kernels import window_attention
+from kvthrift.kernels import window_attention, window_sums
 from kvthrift.part import require
 from kvthrift.score.base import Scorer
 
@@ -20,17 +20,22 @@ Pool = Literal["max", "avg", "none"]
 
 def window_rows(view: LayerView, window: int) -> Tensor:
     """Attention rows ``[B, H, G, W, T]`` of the last ``window`` queries (fewer, if the sequence is shorter)."""
+    return window_attention(**_asked(view, window))
+
+
+def _asked(view: LayerView, window: int) -> dict[str, Any]:
+    """The last ``window`` queries and all entries, as kernels take them."""
     if view.queries is None or view.query_positions is None:
         raise ValueError("the runtime did not gather the window queries that were declared")
-    return window_attention(
-        view.queries[:, :, -window:],
-        view.keys,
-        q_positions=view.query_positions[:, -window:],
-        k_positions=view.positions,
-        valid=view.valid,
-        scale=view.scale,
-        bias=view.bias,
-    )
+    return {
+        "q": view.queries[:, :, -window:],
+        "k": view.keys,
+        "q_positions": view.query_positions[:, -window:],
+        "k_positions": view.positions,
+        "valid": view.valid,
+        "scale": view.scale,
+        "bias": view.bias,
+    }
 
 
 def reduce(x: Tensor, how: Reduce, dim: int) -> Tensor:
@@ -81,10 +86,12 @@ class WindowAttention(Scorer, name="window_attention"):
         return Signals(window=self.window)
 
     def score(self, view: LayerView) -> Tensor:
-        rows = window_rows(view, self.window)  # [B, H, G, W, T]
-        score = rows.sum(3) if self.queries == "sum" else rows.mean(3)
+        asked = _asked(view, self.window)
+        count = asked["q"].shape[2]
+        sums = window_sums(**asked, powers=(1, 2) if self.variance else (1,))  # [B, H, G, T] each
+        score = sums[0] if self.queries == "sum" else sums[0] / count
         if self.variance:
-            score = score + self.variance * rows.var(dim=3, unbiased=False)
+            score = score + self.variance * (sums[1] / count - (sums[0] / count) ** 2).clamp(min=0)
         score = score.masked_fill(view.tail(self.window)[:, :, None], 0.0)  # [B, H, G, T]
         if self.pool_first:
             score = reduce(smooth(score, self.pool, self.kernel), self.group, 2)

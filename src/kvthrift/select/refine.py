@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvthrift.allocate.heads import ranks
 from kvthrift.core import LayerView, Signals
+from kvthrift.kernels import best
 from kvthrift.part import Part, require
 
 _BLOCK = 4096
@@ -51,7 +51,7 @@ class OutputAware(Refiner, name="output_aware"):
 
     def refine(self, scores: Tensor, counts: Tensor, protected: Tensor, view: LayerView) -> Tensor:
         ranked = scores.masked_fill(protected, float("inf")).masked_fill(~view.valid, float("-inf"))
-        stay = ranks(ranked) < (counts.double() * self.first).floor().long()[..., None]
+        stay = best(ranked, (counts.double() * self.first).floor().long())
         second = scores + self.epsilon
         if self.value_norm:
             second = second * self._contribution(view)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvthrift.allocate.heads import ranks
+from kvthrift import kernels
 from kvthrift.core import LayerView, Signals
 from kvthrift.part import require
 from kvthrift.select.unit import Unit
@@ -65,7 +65,7 @@ class SegmentBlocks(Unit, name="segment_blocks"):
         segment = number.masked_fill(~free, count)
         ranked = scores.masked_fill(~free, float("-inf"))
         room = (counts - protected.sum(dim=-1)).clamp(min=0)
-        best = (ranks(ranked) < room[..., None]) & free
+        best = kernels.best(ranked, room) & free
         mass = _mass(scores, free)
         board = _Board(segment, count, ranked)
         quota, target = board.sum(best.long()), board.sum(mass * best)
@@ -74,8 +74,13 @@ class SegmentBlocks(Unit, name="segment_blocks"):
         place = place - board.at(length.cumsum(dim=-1) - length)  # within its segment
         keep, done, sizes = torch.zeros_like(free), quota == 0, torch.zeros_like(quota)
         for size in self.sizes:
-            inside = _in_best_blocks(place // size, mass, free, board, length, quota, size)
-            taken = board.first(inside, quota)
+            if size == 1:  # blocks of one entry are the best single entries
+                taken = best
+            elif not bool((~done & (quota >= size)).any()):
+                continue
+            else:
+                inside = _in_best_blocks(place // size, mass, free, board, length, quota, size)
+                taken = board.first(inside, quota)
             held = board.sum(mass * taken)
             ratio = torch.where(target > 0, held / target.clamp(min=1e-300), torch.ones_like(target))
             fits = ~done & (quota >= size) & ((ratio >= self.tau) | (size == 1))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from kvthrift.allocate.heads import ranks
 from kvthrift.core import LayerView, Signals
+from kvthrift.kernels import best
 from kvthrift.part import Part, require
 
 
@@ -27,6 +28,11 @@ class Unit(Part, kind="unit"):
     @property
     def shared(self) -> bool:
         """Whether all heads of a layer keep the same groups, which needs equal budgets."""
+        return False
+
+    @property
+    def nested(self) -> bool:
+        """Whether cutting by the same scores in several steps keeps what cutting at once to the last would keep."""
         return False
 
     @abstractmethod
@@ -45,9 +51,13 @@ class Unit(Part, kind="unit"):
 class TokenUnit(Unit, name="token"):
     """Every entry by itself: each head keeps exactly its count."""
 
+    @property
+    def nested(self) -> bool:
+        return True
+
     def select(self, scores: Tensor, counts: Tensor, protected: Tensor, view: LayerView) -> Tensor:
         ranked = scores.masked_fill(protected, float("inf")).masked_fill(~view.valid, float("-inf"))
-        return (ranks(ranked) < counts[..., None]) & view.valid
+        return best(ranked, counts) & view.valid
 
 
 @dataclass(frozen=True)
@@ -88,8 +98,8 @@ class ChunkUnit(Unit, name="chunk"):
             return keep
         left = room - (keep & ~protected).sum(dim=-1)
         spare = free & ~keep
-        best = ranks(scores.masked_fill(~free, float("-inf")))
-        order = torch.where(small[..., None], 0, place) * scores.shape[-1] + best  # by chunk, then by score
+        ranked = ranks(scores.masked_fill(~free, float("-inf")))
+        order = torch.where(small[..., None], 0, place) * scores.shape[-1] + ranked  # by chunk, then by score
         extra = spare & (ranks((-order).masked_fill(~spare, torch.iinfo(order.dtype).min)) < left[..., None])
         return keep | (extra if self.fill else extra & small[..., None])
 

@@ -1,1 +1,1 @@
-"""Triton kernels; imported only where Triton is installed. Each has its naive twin in ``kernels/naive.py``."""
+"""Triton kernels; imported only where Triton is installed. Twins: ``kernels/naive.py``, ``kernels/naive_scores.py``."""
