@@ -23,6 +23,7 @@ from kvthrift import (
     methods,
 )
 from kvthrift.allocate import AdaptiveHeads, EntropyLayers, PyramidLayers, TableHeads
+from kvthrift.codec import Integer4
 from kvthrift.merge import MassFold
 from kvthrift.score import KeyNorm, Recency, WindowAttention
 from kvthrift.select import ChunkUnit, OutputAware
@@ -41,6 +42,7 @@ BUSY = Recipe(
     skip=(0, -1),
     reuse=2,
     rerotate=True,
+    codec=Integer4(),
 )
 
 
@@ -87,7 +89,7 @@ def test_fields_at_their_defaults_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "error", "words"),
     [
-        ("window", 3, UnknownNameError, "unknown recipe field 'window'.*Valid: budget, heads, layers, merge"),
+        ("window", 3, UnknownNameError, "unknown recipe field 'window'.*Valid: budget, codec, heads, layers, merge"),
         ("heads", {"part": "greedy"}, UnknownNameError, "unknown heads 'greedy'.*Valid: adaptive"),
         ("heads", {"part": "adaptive", "alpha": 1}, UnknownNameError, "'alpha'.*Valid: blend, safeguard"),
         ("heads", {"part": "adaptive", "safeguard": 7}, OptionError, "safeguard=7.0"),

@@ -1,6 +1,8 @@
 """Decode attention of one layer over pages: time, and share of what a copy moves, beside dense attention.
 
     python benchmarks/gpu/decode_kernel.py --out results.md
+    python benchmarks/gpu/decode_kernel.py --shapes "" --formats int8,int4,int2,fp8     only pages in few bits
+    python benchmarks/gpu/decode_kernel.py --shapes "" --formats "" --small             settings for short caches
 
 Every number is of a CUDA graph that reads many layers' caches in turn, together larger than the L2 cache, so that no
 layer is found there from the round before; the time is a layer's, median of the repeats. What is printed was checked
@@ -24,14 +26,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kvthrift.codec import Codec
 from kvthrift.kernels import Paged, plan_read
+from kvthrift.kernels.codes import Coded, Format, read_keys, read_values, write_keys, write_values
+from kvthrift.kernels.triton import read_coded
 from kvthrift.kernels.triton.read import read
+from kvthrift.part import parts
 
 HEADS, GROUP, DIM, PAGE = 8, 4, 128, 64
 SCALE = DIM**-0.5
 SPACE = 300 * 2**20  # bytes that a round touches at least
 SHAPES = {"1 x 1K": (1, 1024), "1 x 4K": (1, 4096), "1 x 32K": (1, 32768), "8 x 4K": (8, 4096), "8 x 32K": (8, 32768),
-          "64 x 4K": (64, 4096)}  # fmt: skip
+          "64 x 4K": (64, 4096), "32 x 8K": (32, 8192)}  # fmt: skip
+Setting = tuple[int, int, int]  # programs, warps, stages; zeros are what the library takes
 
 
 def per_call(call: Callable[[int], object], layers: int, repeats: int) -> float:
@@ -98,8 +105,66 @@ def check(q: Tensor, paged: Paged, out: Tensor) -> None:
         torch.testing.assert_close(found[row], wanted, atol=4e-3, rtol=2e-2)
 
 
-def ours(lengths: Tensor, repeats: int, settings: list[tuple[int, int, int]]) -> dict[tuple[int, int, int], float]:
-    """Microseconds of each setting (programs, warps, stages; zeros are what the library takes)."""
+def coded_layer_of(form: Format, lengths: Tensor) -> tuple[Tensor, Paged]:
+    """As :func:`layer_of`, with pages in few bits, and each row's last page as it is."""
+    queries, dense = layer_of(lengths)
+    total = len(dense.keys)
+    keys, values = (
+        torch.empty(total, rows, DIM * PAGE // form.together // rows, dtype=torch.uint8, device="cuda")
+        for rows in (PAGE, DIM // form.together)
+    )
+    marks = {
+        f"{name}_{mark}": torch.empty(total, *sizes, dtype=torch.float16, device="cuda")
+        for mark in ("scale", "middle")[: form.marks]
+        for name, sizes in (("key", (DIM,)), ("value", (1, PAGE)))
+    }
+    coded, index = Coded(form, keys, values, **marks), torch.arange(total, device="cuda")
+    assert write_keys(coded, index, dense.keys)
+    assert write_values(coded, index, dense.values)
+    tails = [torch.randn(lengths.numel(), PAGE, DIM, device="cuda").bfloat16() for _ in range(2)]
+    return queries, Paged(*tails, dense.positions, dense.table, dense.lengths, coded=coded)
+
+
+def check_coded(q: Tensor, paged: Paged, out: Tensor) -> None:
+    """Against float64 attention over what the pages read as, on a few rows."""
+    coded, rows = paged.coded, paged.table.shape[0]
+    assert coded is not None
+    folded, found = q.reshape(rows, GROUP, DIM).double(), out.reshape(rows, GROUP, DIM).double()
+    for row in range(0, rows, max(1, rows // 4)):
+        length = int(paged.lengths[row])
+        index = paged.table[row, : -(-length // PAGE)].long()
+        k, v = read_keys(coded, index, torch.float32).double(), read_values(coded, index, torch.float32).double()
+        k[-1], v[-1] = paged.keys[row].double(), paged.values[row].double()
+        k, v = k.reshape(-1, DIM)[:length], v.reshape(-1, DIM)[:length]
+        wanted = (folded[row] @ k.T * SCALE).softmax(-1) @ v
+        off = float((found[row] - wanted).norm() / wanted.norm())
+        assert off < 2e-2, f"row {row} of {coded.format.name} is off by {off:.1%}"
+
+
+def coded_us(
+    form: Format, lengths: Tensor, repeats: int, settings: list[Setting]
+) -> tuple[float, dict[Setting, float]]:
+    """Bytes that a layer reads, and microseconds of each setting."""
+    rows, pages = lengths.numel(), int((-(-lengths // PAGE)).sum())
+    size = (pages - rows) * form.page_bytes(DIM, DIM, PAGE) + int(
+        (lengths - (lengths - 1) // PAGE * PAGE).sum()
+    ) * DIM * 4
+    made = [coded_layer_of(form, lengths) for _ in range(max(2, min(96, -(-SPACE // size))))]
+    even, found = bool((lengths == lengths[0, 0]).all()), {}
+    for programs, warps, stages in settings:
+        plan = plan_read(rows, pages, GROUP, DIM, torch.device("cuda"), even=even, programs=programs)
+        chosen = {"stages": stages} if stages else {}
+        call = partial(read_coded.read, scale=SCALE, plan=plan, warps=warps, **chosen)
+        try:
+            check_coded(*made[0], call(*made[0])[0])
+            found[programs, warps, stages] = per_call(lambda i, call=call: call(*made[i]), len(made), repeats)
+        except triton.runtime.errors.OutOfResources:
+            continue
+    return size, found
+
+
+def ours(lengths: Tensor, repeats: int, settings: list[Setting]) -> dict[Setting, float]:
+    """Microseconds of each setting."""
     size = int(lengths.sum()) * DIM * 4
     layers = max(2, min(96, -(-SPACE // size)))
     made = [layer_of(lengths) for _ in range(layers)]
@@ -131,6 +196,50 @@ def dense(backend: SDPBackend, batch: int, length: int, repeats: int) -> float:
         return per_call(lambda i: F.scaled_dot_product_attention(*made[i], enable_gqa=True), layers, repeats)
 
 
+def formats_table(names: str, shapes: str, repeats: int, sweep: bool, peak: float) -> list[str]:
+    """Pages in few bits beside bf16 at the same entries."""
+    lines = ["| entries a head | format | MB | us | of copy | bf16 us | times | at most | ragged 20:1 us |",
+             "|---|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    settings = [(0, 0, 0), *(product((0, 528, 1056, 2112), (1, 2, 4), (3, 5, 7)) if sweep else ())]
+    for shape in filter(None, shapes.split(",")):
+        batch, length = SHAPES[shape]
+        lengths = torch.full((batch, HEADS), length)
+        plain = ours(lengths, repeats, [(0, 0, 2)])[0, 0, 2]
+        for name in filter(None, names.split(",")):
+            kind = parts()["codec"][name]
+            assert issubclass(kind, Codec)
+            size, found = coded_us(kind.format, lengths, repeats, settings)
+            ragged = coded_us(kind.format, skewed(batch, length, 20), repeats, settings[:1])[1]
+            torch.cuda.empty_cache()
+            here = found[settings[0]]
+            lines.append(
+                f"| {shape} | {name} | {size / 1e6:.0f} | {here:.1f} | {size / (here * 1e-6) / peak:.0%} | "
+                f"{plain:.1f} | {plain / here:.2f} | {batch * HEADS * length * DIM * 4 / size:.2f} | "
+                f"{ragged[settings[0]]:.1f} |"
+            )
+            print(lines[-1], flush=True)
+            if sweep:
+                show(name, found)
+    return lines
+
+
+def show(kind: str, found: dict[Setting, float]) -> None:
+    """The best settings, and the worst."""
+    ranked = sorted(found.items(), key=lambda item: item[1])
+    print("   ", kind, [(key, round(us, 1)) for key, us in ranked[:6]], "worst", ranked[-1], flush=True)
+
+
+def small_sweep(repeats: int) -> None:
+    """Settings for one sequence, of which no plan fits all lengths."""
+    for shape in ("1 x 1K", "1 x 4K", "1 x 32K"):
+        batch, length = SHAPES[shape]
+        lengths = torch.full((batch, HEADS), length)
+        pages = HEADS * -(-length // PAGE)
+        programs = sorted({0, *(n for n in (32, 64, 128, 132, 256, 264, 512, 528, 1024) if n <= pages)})
+        found = ours(lengths, repeats, [(0, 0, 2), *product(programs, (1, 2, 4), (1, 2, 3, 5))])
+        show(f"{shape}, as it is {found[0, 0, 2]:.1f} us:", found)
+
+
 def skewed(batch: int, length: int, skew: int) -> Tensor:
     """``[B, H]`` lengths with the mean ``length``: one head in eight holds ``skew`` times what the others do."""
     short = length * HEADS / (HEADS - 1 + skew)
@@ -142,7 +251,10 @@ def skewed(batch: int, length: int, skew: int) -> Tensor:
 def main(
     repeats: int = 30,
     sweep: Annotated[bool, typer.Option(help="try every setting, and print the best")] = False,
-    shapes: str = ",".join(SHAPES),
+    shapes: Annotated[str, typer.Option(help="rows of bf16")] = ",".join(list(SHAPES)[:-1]),
+    formats: Annotated[str, typer.Option(help="rows of pages in few bits")] = "int8,int4,int2,fp8",
+    formats_at: Annotated[str, typer.Option(help="their shapes")] = "8 x 32K,32 x 8K",
+    small: Annotated[bool, typer.Option(help="sweep settings for one sequence, and print the best")] = False,
     out: Annotated[Path | None, typer.Option(help="append the Markdown here")] = None,
 ) -> None:
     """Measure this GPU."""
@@ -155,8 +267,8 @@ def main(
         "| entries a head | MB | cuDNN us | flash us | pages us | of copy | ragged 20:1 us | ragged / even |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    settings = [(0, 0, 2), *(product((0, 132, 264, 528, 1056, 2112), (2, 4), (2, 3)) if sweep else ())]
-    for name in shapes.split(","):
+    settings = [(0, 0, 2), *(product((0, 132, 264, 528, 1056, 2112), (2, 4), (2, 3, 5)) if sweep else ())]
+    for name in filter(None, shapes.split(",")):
         batch, length = SHAPES[name]
         size = batch * HEADS * length * DIM * 4
         stock = [dense(x, batch, length, repeats) for x in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)]
@@ -170,9 +282,12 @@ def main(
         )
         print(lines[-1], flush=True)
         if sweep:
-            for kind, found in (("even", even), ("ragged", ragged)):
-                ranked = sorted(found.items(), key=lambda item: item[1])
-                print("   ", kind, [(key, round(us, 1)) for key, us in ranked[:6]], "worst", ranked[-1], flush=True)
+            show("even", even)
+            show("ragged", ragged)
+    if formats:
+        lines += ["", *formats_table(formats, formats_at, repeats, sweep, peak)]
+    if small:
+        small_sweep(repeats)
     text = "\n".join(lines)
     print(text)
     if out is not None:

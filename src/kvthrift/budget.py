@@ -74,7 +74,7 @@ class Budget:
             return f"{int(self.amount)}B"
         return f"{float(self.amount):g}" if self.amount.denominator != 1 else str(int(self.amount))
 
-    def entries(self, length: int, *, heads: int, entry_bytes: int, page: int) -> int:
+    def entries(self, length: int, *, heads: int, entry_bytes: int, page: int, head_bytes: int = 0) -> int:
         """Entries per KV head for one sequence.
 
         Args:
@@ -82,6 +82,7 @@ class Budget:
             heads: KV heads of all compressed layers and all sequences that share the bytes.
             entry_bytes: bytes of one entry of one head, its metadata included.
             page: entries per page of the store; bytes are handed out in whole pages.
+            head_bytes: bytes of one head besides its entries.
 
         Raises:
             BudgetError: the bytes are too few for one page a head.
@@ -90,11 +91,11 @@ class Budget:
             return int(self.amount)
         if self.unit == "share":
             return max(1, int(self.amount * length))
-        entries = int(self.amount) // (heads * entry_bytes)
+        entries = (int(self.amount) - heads * head_bytes) // (heads * entry_bytes)
         if entries >= length:
             return entries
         if entries < page:
-            least = heads * entry_bytes * page
+            least = heads * (entry_bytes * page + head_bytes)
             raise BudgetError(
                 f"budget {self} is too few bytes for {heads} heads: one page of {page} entries a head, the least the "
                 f"store can hold, takes {least} bytes. Give at least that, or use a smaller page."

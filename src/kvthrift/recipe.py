@@ -15,6 +15,7 @@ import tomli_w
 
 from kvthrift.allocate import HeadAllocator, LayerAllocator, UniformHeads, UniformLayers
 from kvthrift.budget import Budget
+from kvthrift.codec import Codec
 from kvthrift.core import Signals
 from kvthrift.errors import OptionError, RecipeError, UnknownNameError
 from kvthrift.merge import Evict, Merger
@@ -75,6 +76,7 @@ class Recipe:
         skip: layers that are left whole (negative counts from the top).
         reuse: this many layers in a row share the first one's choice.
         rerotate: close the gaps in positions by re-rotating kept keys.
+        codec: how the numbers of what stays are written, but for each head's newest page; None for as they are.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Recipe:
     skip: tuple[int, ...] = ()
     reuse: int = 1
     rerotate: bool = False
+    codec: Codec | None = None
 
     def __post_init__(self) -> None:
         require(self.reuse >= 1, f"reuse={self.reuse} must be at least 1 layer.")
@@ -118,7 +121,7 @@ class Recipe:
     @property
     def parts(self) -> tuple[Part, ...]:
         """Every part it is made of."""
-        found = (self.scorer, self.layers, self.heads, self.unit, self.refine, self.merge)
+        found = (self.scorer, self.layers, self.heads, self.unit, self.refine, self.merge, self.codec)
         return tuple(part for part in found if part is not None)
 
     @property
@@ -269,4 +272,5 @@ _FIELDS: dict[str, Any] = {
     "skip": lambda value: convert("skip", value, tuple[int, ...]),
     "reuse": lambda value: convert("reuse", value, int),
     "rerotate": lambda value: convert("rerotate", value, bool),
+    "codec": Codec.from_plain,
 }

@@ -14,10 +14,11 @@ from kvthrift.runtime.fixed import FixedSteps
 METHODS = {"full": None, "snapkv": 40, "adakv": 40, "lava": 40, "streamingllm": 40}
 
 
-def read(method: str, batch: int = 1, merge: bool = False) -> tuple[object, kvthrift.Cache]:
+def read(method: str, batch: int = 1, merge: bool = False, codec: str | None = None) -> tuple[object, kvthrift.Cache]:
     model = tiny("llama")
     ids = torch.randint(1, VOCABULARY, (batch, 90))
     options = {"merge": "fold"} if merge else {}
+    options |= {"codec": codec} if codec else {}
     cache = kvthrift.prefill(model, ids, method, budget=METHODS[method], page=16, **options)
     return model, cache
 
@@ -39,17 +40,18 @@ def decode(model: object, cache: kvthrift.Cache, tokens: torch.Tensor, fixed: bo
     return torch.stack(logits, dim=1)
 
 
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(("merge", "codec"), [(False, None), (True, None), (False, "int8"), (True, "int2")])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
-def test_they_say_and_hold_what_ordinary_steps_do(method: str, batch: int, merge: bool) -> None:
+def test_they_say_and_hold_what_ordinary_steps_do(method: str, batch: int, merge: bool, codec: str | None) -> None:
     if merge and method in ("full", "streamingllm"):
         pytest.skip("nothing goes that has a mass, so nothing is folded")
-    model, cache = read(method, batch, merge)
+    model, cache = read(method, batch, merge, codec)
     other = cache.fork()
     tokens = torch.randint(1, VOCABULARY, (batch, 40))
+    near = 1e-2 if codec else 1e-4  # a last bit in the model may be a level of a number in few bits
     torch.testing.assert_close(
-        decode(model, cache, tokens, fixed=True), decode(model, other, tokens, fixed=False), atol=1e-4, rtol=1e-4
+        decode(model, cache, tokens, fixed=True), decode(model, other, tokens, fixed=False), atol=near, rtol=near
     )
     assert cache.get_seq_length() == other.get_seq_length() == 130
     for mine, theirs in zip(cache.state.layers, other.state.layers, strict=True):
@@ -59,7 +61,8 @@ def test_they_say_and_hold_what_ordinary_steps_do(method: str, batch: int, merge
         assert mine.since == theirs.since
         valid = mine.store.valid()
         assert torch.equal(mine.store.positions()[valid], theirs.store.positions()[valid])
-        torch.testing.assert_close(mine.store.read().keys[valid], theirs.store.read().keys[valid], atol=1e-4, rtol=1e-4)
+        off = (mine.store.read().keys[valid] - theirs.store.read().keys[valid]).abs()
+        assert (off > 1e-4).float().mean() <= (0.01 if codec else 0.0)
         assert torch.equal(
             mine.store.paged().lengths.long().view(batch, -1).cpu(), torch.from_numpy(theirs.store.lengths)
         )
@@ -79,6 +82,26 @@ def test_trial_steps_leave_no_trace() -> None:
             steps.positions.add_(1)
             steps.restart()
     assert cache.get_seq_length() == 90
+    torch.testing.assert_close(
+        decode(model, cache, tokens, fixed=False), decode(model, other, tokens, fixed=False), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("codec", ["int4", "fp8"])
+def test_a_trial_that_writes_a_full_page_is_taken_back_too(codec: str) -> None:
+    model = tiny("llama")
+    ids, tokens = torch.randint(1, VOCABULARY, (1, 90)), torch.randint(1, VOCABULARY, (1, 6))
+    cache = kvthrift.prefill(model, ids, "snapkv", budget=48, page=16, codec=codec)  # three pages a head, the last full
+    other = cache.fork()
+    with FixedSteps(cache.state, 10) as steps, torch.no_grad():
+        assert steps.bytes > 0
+        for _ in range(3):
+            model(input_ids=tokens[:, 1:2], position_ids=steps.positions[:, None], past_key_values=cache)
+            steps.positions.add_(1)
+            steps.restart()
+        steps.settle()
+        with pytest.raises(CacheStateError, match="settle"):
+            steps.restart()
     torch.testing.assert_close(
         decode(model, cache, tokens, fixed=False), decode(model, other, tokens, fixed=False), atol=1e-4, rtol=1e-4
     )

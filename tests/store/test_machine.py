@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
+from kvthrift.codec import Float8, Integer2, Integer4, Integer8
 from kvthrift.core import LayerShape
+from kvthrift.kernels.codes import Format
 from kvthrift.store import LayerStore
 
-KEY_DIM, VALUE_DIM = 3, 2
+FORMS = tuple(kind.format for kind in (Integer8, Integer4, Integer2, Float8))
+DIMS = {None: (3, 2)}  # of keys and values, by format; 16 where numbers are in few bits
 MOST_SEQUENCES, MOST_ENTRIES, MOST_STORES = 3, 400, 4
 Entry = tuple[int, int, float]  # serial, position, mark
 
@@ -49,26 +52,35 @@ class Pair:
         return np.array([[len(head) for head in s.heads] for s in self.sequences], dtype=np.int64)
 
 
-def keys(serials: Tensor) -> Tensor:
+def keys(serials: Tensor, form: Format | None) -> Tensor:
+    """Numbers that a format of few bits writes exactly whatever page they come to: the least or the largest."""
+    if form is not None:
+        return 2 * form.reach * (serials[..., None] >> torch.arange(16) & 1)
     return serials[..., None].float() + torch.tensor([0.0, 0.25, 0.5])
 
 
-def values(serials: Tensor) -> Tensor:
+def values(serials: Tensor, form: Format | None) -> Tensor:
+    if form is not None:
+        return 2 * form.reach * (serials[..., None] >> torch.arange(15, -1, -1) & 1)
     return -serials[..., None].float() - torch.tensor([0.0, 0.5])
 
 
 class StoreMachine(RuleBasedStateMachine):
     pairs: list[Pair]
 
+    forms: tuple[Format | None, ...] = (None,)
+
     @initialize(
         page=st.sampled_from((4, 64)),
         heads=st.integers(1, 3),
         batch=st.integers(1, 2),
         planes=st.sampled_from(((), ("bias",), ("bias", "columns"))),
+        form=st.integers(0, 3),
     )
-    def start(self, page: int, heads: int, batch: int, planes: tuple[str, ...]) -> None:
-        shape = LayerShape(heads, 2 * heads, KEY_DIM, VALUE_DIM)
-        store = LayerStore(shape, batch, torch.float32, torch.device("cpu"), page=page, planes=planes)
+    def start(self, page: int, heads: int, batch: int, planes: tuple[str, ...], form: int) -> None:
+        chosen = self.forms[form % len(self.forms)]
+        shape = LayerShape(heads, 2 * heads, *DIMS.get(chosen, (16, 16)))
+        store = LayerStore(shape, batch, torch.float32, torch.device("cpu"), page=page, planes=planes, form=chosen)
         self.page, self.heads, self.serial = page, heads, 1
         self.pairs = [Pair(store, [Sequence([[] for _ in range(heads)]) for _ in range(batch)], planes)]
 
@@ -102,7 +114,7 @@ class StoreMachine(RuleBasedStateMachine):
         positions = starts[:, None] + torch.arange(count)
         marks = (serials % 7).float() if marked else torch.zeros(serials.shape)
         planes = dict.fromkeys(pair.planes, marks) if marked else None
-        k, v = keys(serials), values(serials)
+        k, v = keys(serials, pair.store.form), values(serials, pair.store.form)
         if counts is not None:  # what stands behind the real ones must not matter
             hidden = torch.arange(count) >= torch.from_numpy(counts)[:, None, None]
             k, v = k.masked_fill(hidden[..., None], 1e9), v.masked_fill(hidden[..., None], 1e9)
@@ -132,11 +144,12 @@ class StoreMachine(RuleBasedStateMachine):
         serials = torch.tensor([entry[0] for entry in flat], dtype=torch.long)
         marks = torch.tensor([entry[2] for entry in flat])
         pair.store.replace(
-            keys(serials),
-            values(serials),
+            keys(serials, pair.store.form),
+            values(serials, pair.store.form),
             torch.tensor([entry[1] for entry in flat], dtype=torch.long),
             pair.lengths,
             planes={name: marks.clone() for name in pair.planes},
+            form=pair.store.form,
         )
 
     @rule(which=st.integers(0, 3), data=st.data())
@@ -201,7 +214,8 @@ class StoreMachine(RuleBasedStateMachine):
     def bytes_are_those_of_live_tensors(self) -> None:
         for pair in getattr(self, "pairs", []):
             pool = pair.store.pool
-            found = [*vars(pair.store).values(), *vars(pool).values(), *pool.planes.values()]
+            found = [*vars(pair.store).values(), *vars(pool).values(), *pool.planes.values(), *pool.marks.values()]
+            found += [] if pair.store.tail is None else vars(pair.store.tail).values()
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in found if isinstance(t, Tensor)}
             assert pair.store.bytes == sum(s.nbytes() for s in storages.values())
 
@@ -214,8 +228,9 @@ def check_contents(pair: Pair) -> None:
     assert store.entries == lengths.sum()
     view, positions = store.read(), store.positions()
     shape = (len(pair.sequences), lengths.shape[1], store.longest)
-    assert view.keys.shape == (*shape, KEY_DIM)
-    assert view.values.shape == (*shape, VALUE_DIM)
+    dims = DIMS.get(store.form, (16, 16))
+    assert view.keys.shape == (*shape, dims[0])
+    assert view.values.shape == (*shape, dims[1])
     assert view.keys.isfinite().all()
     assert view.values.isfinite().all()
     table = torch.zeros(*shape, 3, dtype=torch.float64)  # serial, position, mark
@@ -227,8 +242,8 @@ def check_contents(pair: Pair) -> None:
                 real[b, h, : len(head)] = True
     serials, places, marks = table.unbind(-1)
     assert torch.equal(store.valid(), real)
-    assert torch.equal(view.keys[real], keys(serials)[real])
-    assert torch.equal(view.values[real], values(serials)[real])
+    assert torch.equal(view.keys[real], keys(serials.long(), store.form)[real])
+    assert torch.equal(view.values[real], values(serials.long(), store.form)[real])
     assert torch.equal(positions[real], places.long()[real])
     for name in pair.planes:
         assert torch.equal(store.plane(name)[real], marks.float()[real])
@@ -245,8 +260,13 @@ def check_bias(pair: Pair, bias: Tensor | None, real: Tensor, marks: Tensor) -> 
     assert torch.equal(bias[real], expected[real])
 
 
+class CodedStoreMachine(StoreMachine):
+    forms = FORMS
+
+
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(
+TestCodedStore = CodedStoreMachine.TestCase
+TestStore.settings = TestCodedStore.settings = settings(
     max_examples=80,
     stateful_step_count=25,
     deadline=None,

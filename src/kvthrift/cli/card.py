@@ -16,6 +16,7 @@ COMMON = (
     Option("every", None, "int", "compress again after so many decoded tokens."),
     Option("merge", "evict", " | ".join(sorted(parts()["merge"])), "what becomes of the entries that go."),
     Option("skip", "", "list of int", "layers to leave whole; negative counts from the top."),
+    Option("codec", None, " | ".join(sorted(parts()["codec"])), "how the numbers of what stays are written."),
 )
 
 
@@ -43,8 +44,8 @@ class Card:
 
     @property
     def options(self) -> list[Option]:
-        """The method's own options and those that every method takes; the full cache takes none."""
-        return [*self.method.options, *(COMMON if self.method.name != "full" else ())]
+        """The method's own options and those that every method takes; the full cache takes only a codec."""
+        return [*self.method.options, *(COMMON if self.method.name != "full" else COMMON[-1:])]
 
     def plain(self) -> dict[str, Any]:
         """This card as plain data."""

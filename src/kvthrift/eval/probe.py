@@ -100,8 +100,7 @@ def _read_bytes(cache: Cache) -> int:
     for layer in cache.state.layers:
         store = layer.store
         if store is not None:
-            size = (store.shape.key_dim + store.shape.value_dim) * store.pool.keys.element_size()
-            total += store.entries * (size + (4 if "bias" in store.pool.planes else 0))
+            total += store.read_bytes + store.entries * (4 if "bias" in store.pool.planes else 0)
     return total
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvthrift.core import AttentionOutput
+from kvthrift.kernels.codes import read_keys, read_values, write_keys, write_values
 
 if TYPE_CHECKING:
     from kvthrift.kernels.paged import Paged
@@ -48,10 +49,26 @@ def paged_attend(q: Tensor, paged: Paged, *, scale: float) -> AttentionOutput:
     b, (rows, width) = q.shape[0], paged.table.shape
     places = width * paged.page
     index = paged.table.long().clamp(min=0)
-    keys, values = (t[index].reshape(b, rows // b, places, t.shape[-1]) for t in (paged.keys, paged.values))
+    keys, values = (t.reshape(b, rows // b, places, t.shape[-1]) for t in _pages(paged, index))
     absent = torch.arange(places, device=q.device) >= paged.lengths[:, None]  # [rows, places]
     bias = torch.zeros(absent.shape, device=q.device) if paged.bias is None else paged.bias[index].reshape(rows, places)
     return attend(q, keys, values, scale=scale, bias=bias.masked_fill(absent, float("-inf")).view(b, -1, places))
+
+
+def _pages(paged: Paged, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of every row's pages, ``[rows, width, page, D]``."""
+    coded = paged.coded
+    if coded is None:
+        return paged.keys[index], paged.values[index]
+    rows = torch.arange(len(index), device=index.device)
+    last = (paged.lengths.long() - 1).clamp(min=0) // paged.page
+    keys, values = (
+        found.view(*index.shape, *found.shape[1:])
+        for found in (read(coded, index.flatten(), torch.float32) for read in (read_keys, read_values))
+    )
+    if index.shape[1]:
+        keys[rows, last], values[rows, last] = paged.keys.float(), paged.values.float()
+    return keys, values
 
 
 def paged_append(k: Tensor, v: Tensor, positions: Tensor, paged: Paged) -> None:
@@ -59,7 +76,14 @@ def paged_append(k: Tensor, v: Tensor, positions: Tensor, paged: Paged) -> None:
     rows, page = paged.table.shape[0], paged.page
     lengths = paged.lengths.long()
     slots = paged.table.long().gather(1, (lengths // page)[:, None])[:, 0] * page + lengths % page
-    paged.keys.flatten(0, 1)[slots] = k.reshape(rows, -1)
-    paged.values.flatten(0, 1)[slots] = v.reshape(rows, -1)
+    inside = slots
+    if paged.coded is not None:
+        full = ((lengths > 0) & (lengths % page == 0)).nonzero()[:, 0]
+        written = paged.table.long()[full, lengths[full] // page - 1]
+        write_keys(paged.coded, written, paged.keys[full])
+        write_values(paged.coded, written, paged.values[full])
+        inside = torch.arange(rows, device=slots.device) * page + lengths % page
+    paged.keys.flatten(0, 1)[inside] = k.reshape(rows, -1)
+    paged.values.flatten(0, 1)[inside] = v.reshape(rows, -1)
     paged.positions.view(-1)[slots] = positions.to(torch.int32).repeat_interleave(rows // len(positions))
     paged.lengths.add_(1)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvthrift.core import AttentionOutput
 from kvthrift.kernels import naive
+from kvthrift.kernels.codes import Coded, Format, groups
 
 _LARGEST_DIM = 256
 _LONGEST_RUN = 32  # pages that one program reads where there are many
@@ -28,12 +29,15 @@ _LONGEST_RUN = 32  # pages that one program reads where there are many
 class Paged:
     """Entries of many heads in pages; a row is one KV head of one sequence, sequences first.
 
+    Where pages are in few bits (``coded``), each row's last page is not: it is ``keys[row], values[row]``.
+
     Attributes:
-        keys, values: ``[P, page, Dk]``, ``[P, page, Dv]``.
+        keys, values: ``[P, page, Dk]``, ``[P, page, Dv]``; ``[rows, page, ...]`` in front of pages in few bits.
         positions: ``[P, page]`` int32 true positions.
         table: ``[rows, width]`` int32 page numbers; a row's first ``ceil(length / page)`` are its own.
         lengths: ``[rows]`` int32 entries.
         bias: ``[P, page]`` float32 added to logits, or None.
+        coded: the pages of keys and values in few bits, or None.
     """
 
     keys: Tensor
@@ -42,6 +46,12 @@ class Paged:
     table: Tensor
     lengths: Tensor
     bias: Tensor | None = None
+    coded: Coded | None = None
+
+    @property
+    def form(self) -> Format | None:
+        """How full pages are written; None for as they came."""
+        return None if self.coded is None else self.coded.format
 
     @property
     def page(self) -> int:
@@ -55,7 +65,8 @@ class ReadPlan:
 
     Attributes:
         programs: equal runs that the pages of all rows are cut into.
-        even: every row is as long as the first, so that nothing need be summed up.
+        even: every row is as long as the first, so that nothing need be summed up; where ``programs`` is a multiple
+            of the rows, each row is cut by itself.
         parts: ``[programs + rows, queries, Dv]`` float32 scratch.
         lses: ``[programs + rows, queries]`` float32 scratch.
         arrived: ``[rows]`` int32, all zero between reads.
@@ -99,7 +110,8 @@ def plan_read(
     """
     if not programs:
         full = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-        programs = -(-pages // max(1, min(_LONGEST_RUN, -(-pages // full))))
+        run = max(1, min(_LONGEST_RUN, -(-pages // full)))
+        programs = rows * -(-pages // (rows * run)) if even and rows else -(-pages // run)
     programs = max(programs, 1)
     return ReadPlan(
         programs,
@@ -110,7 +122,9 @@ def plan_read(
     )
 
 
-def unfit(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, page: int) -> str | None:
+def unfit(
+    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, page: int, form: Format | None = None
+) -> str | None:
     """Why the fast kernels cannot be used for such pages; None if they can."""
     if device.type != "cuda":
         return f"pages are on {device.type}, not on a CUDA device"
@@ -125,6 +139,16 @@ def unfit(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int
         return f"head dim {max(key_dim, value_dim)} is above {_LARGEST_DIM}"
     if page < 16 or page & (page - 1):
         return f"pages of {page} entries: a power of two from 16 on is needed"
+    return None if form is None else _unfit_coded(form, dtype, value_dim, (major, minor))
+
+
+def _unfit_coded(form: Format, dtype: torch.dtype, value_dim: int, capability: tuple[int, int]) -> str | None:
+    if form.floating and capability < (8, 9):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and {form.name} needs 8.9"
+    if dtype == torch.float32:
+        return f"{form.name} is read in half precision, and the model computes in float32"
+    if groups(value_dim) > 1:
+        return f"values of {value_dim} channels have several scales a token"
     return None
 
 
@@ -140,25 +164,28 @@ def paged_attend(q: Tensor, paged: Paged, *, scale: float, plan: ReadPlan | None
     Returns:
         ``out [B, HG, Q, Dv]`` and ``lse [B, HG, Q]`` float32; a row without entries gives 0 and ``-inf``.
     """
-    if unfit(q.device, paged.keys.dtype, q.shape[-1], paged.values.shape[-1], paged.page):
+    if unfit(q.device, paged.keys.dtype, q.shape[-1], paged.values.shape[-1], paged.page, paged.form):
         return naive.paged_attend(q, paged, scale=scale)
     with _launching(q.device):
-        return AttentionOutput(*_triton("read").read(q, paged, scale, plan))
+        return AttentionOutput(*_triton("read" if paged.coded is None else "read_coded").read(q, paged, scale, plan))
 
 
 def paged_append(k: Tensor, v: Tensor, positions: Tensor, paged: Paged) -> None:
     """Write one entry behind those of every row and count it, on the device alone.
+
+    In front of pages in few bits, a last page that is full is written in few bits first. A number that is not finite
+    cannot be refused there: its group reads as NaN.
 
     Args:
         k, v: ``[B, H, 1, Dk]``, ``[B, H, 1, Dv]``.
         positions: ``[B]`` integers.
         paged: every row's table must have room; ``lengths`` grows by one.
     """
-    if unfit(k.device, paged.keys.dtype, k.shape[-1], v.shape[-1], paged.page):
+    if unfit(k.device, paged.keys.dtype, k.shape[-1], v.shape[-1], paged.page, paged.form):
         naive.paged_append(k, v, positions, paged)
     else:
         with _launching(k.device):
-            _triton("append").append(k, v, positions, paged)
+            _triton("append" if paged.coded is None else "append_coded").append(k, v, positions, paged)
 
 
 def _launching(device: torch.device) -> AbstractContextManager[object]:

@@ -15,12 +15,14 @@ from importlib import import_module
 from typing import Any
 
 from kvthrift.budget import Budget
+from kvthrift.codec import Codec
 from kvthrift.errors import RecipeError, UnknownNameError
 from kvthrift.merge import Merger
 from kvthrift.part import convert, named
 from kvthrift.recipe import Recipe
 
 Builder = Callable[..., Recipe]
+_COMMON = ("budget", "every", "merge", "skip", "codec")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Method:
 
     @property
     def options(self) -> list[Option]:
-        """The method's own options; every method also takes budget, every, merge and skip."""
+        """The method's own options; every method also takes budget, every, merge, skip and codec."""
         helps = _argument_help(inspect.getdoc(self.build) or "")
         hints = typing.get_type_hints(self.build)
         return [
@@ -104,6 +106,7 @@ def method(
     every: int | str | None = None,
     merge: str | Merger | None = None,
     skip: tuple[int, ...] | str | None = None,
+    codec: str | Codec | None = None,
     **options: Any,
 ) -> Recipe:
     """The recipe of a published method.
@@ -114,6 +117,7 @@ def method(
         every: compress again after that many decoded tokens; None for prompts only.
         merge: what becomes of the entries that go ("evict", "fold").
         skip: numbers of layers to leave whole (negative counts from the top).
+        codec: how what stays is written ("int8", "int4", "int2", "fp8"); None for as it is.
         options: the method's own options.
 
     Raises:
@@ -130,7 +134,7 @@ def method(
     values = {}
     for key, value in options.items():
         if key not in hints:
-            raise UnknownNameError(f"option of method {name}:", key, [*hints, "budget", "every", "merge", "skip"])
+            raise UnknownNameError(f"option of method {name}:", key, [*hints, *_COMMON])
         values[key] = convert(key, value, hints[key])
     recipe = build(**values)
     changes: dict[str, Any] = {"name": name}
@@ -145,6 +149,8 @@ def method(
         changes["merge"] = merge if isinstance(merge, Merger) else named("merge", merge)()
     if skip is not None:
         changes["skip"] = convert("skip", skip, tuple[int, ...])
+    if codec is not None and codec != "none":
+        changes["codec"] = codec if isinstance(codec, Codec) else named("codec", codec)()
     return recipe.with_options(**changes)
 
 

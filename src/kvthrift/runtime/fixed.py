@@ -48,6 +48,8 @@ class FixedSteps:
         self._plans: dict[tuple[int, ...], ReadPlan] = {}
         self._pages = [store.paged() for store in stores]
         self._known = [paged.lengths.clone() for paged in self._pages]
+        self._settled = False
+        self._tails = [[t.clone() for t in (p.keys, p.values)] if p.coded else [] for p in self._pages]
 
     def __enter__(self) -> FixedSteps:
         self.state.fixed = self
@@ -64,14 +66,27 @@ class FixedSteps:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the scratch that all layers share."""
-        return sum(plan.bytes for plan in self._plans.values())
+        """Bytes of the scratch that all layers share, and of what :meth:`restart` needs."""
+        return sum(plan.bytes for plan in self._plans.values()) + sum(t.nbytes for pair in self._tails for t in pair)
 
     def restart(self) -> None:
-        """Take back every step since this was made, so that trial runs leave no trace."""
-        for paged, known in zip(self._pages, self._known, strict=True):
+        """Take back every step since this was made, so that trial runs leave no trace.
+
+        Raises:
+            CacheStateError: :meth:`settle` was called, and pages in few bits may have been written since.
+        """
+        if self._settled:
+            raise CacheStateError("steps cannot be taken back any more, since settle() gave back what that needs.")
+        for paged, known, tail in zip(self._pages, self._known, self._tails, strict=True):
             paged.lengths.copy_(known)
+            if tail:
+                paged.keys.copy_(tail[0])
+                paged.values.copy_(tail[1])
         self.positions.copy_(torch.from_numpy(self.state.columns.seen(len(self.positions))))
+
+    def settle(self) -> None:
+        """Give back what :meth:`restart` needs; from here on no step is taken back."""
+        self._tails, self._settled = [], True
 
     def attend(self, layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """One layer's part of a step: append, then attend; see :meth:`LayerCache.attend`."""

@@ -5,5 +5,6 @@ Knows nothing of recipes, queries or models: it is handed keys, values and posit
 
 from kvthrift.store.layer import LayerStore
 from kvthrift.store.pool import PagePool
+from kvthrift.store.tail import Tail, entry_and_head_bytes
 
-__all__ = ["LayerStore", "PagePool"]
+__all__ = ["LayerStore", "PagePool", "Tail", "entry_and_head_bytes"]

@@ -2,7 +2,8 @@
 
 Two numbers are never confused: how many tokens a sequence has seen (the caller's business) and how many entries a
 head holds (``lengths``). Entries of a head stand in position order. Where every head holds as many pages and nobody
-shares them, the pages lie in table order and reading is a view; otherwise it is one gather.
+shares them, the pages lie in table order and reading is a view; otherwise it is one gather. Keys and values may be in
+few bits; then each head's newest page is as the model gave it, in a tail, and reading makes all of them so again.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvthrift.core import LayerShape
-from kvthrift.errors import CacheStateError
+from kvthrift.errors import CacheStateError, RecipeError
+from kvthrift.kernels.codes import Format
 from kvthrift.kernels.paged import Paged, paged_append, unfit
 from kvthrift.store.pool import PagePool, Pages
+from kvthrift.store.tail import Tail, read_bytes
 
 Lengths = NDArray[np.int64]
 
@@ -44,6 +47,10 @@ class LayerStore:
         dtype, device: of keys and values.
         page: entries a page.
         planes: names of float32 numbers kept with each entry (``bias`` is added to logits on reading).
+        form: how full pages of keys and values are written; None for as they come.
+
+    Raises:
+        RecipeError: such pages cannot be written so.
     """
 
     def __init__(
@@ -55,12 +62,15 @@ class LayerStore:
         *,
         page: int = 64,
         planes: tuple[str, ...] = (),
+        form: Format | None = None,
     ) -> None:
         self.shape = shape
         self.batch = batch
         self.page = page
-        self.pool = PagePool(page, shape.key_dim, shape.value_dim, dtype, device, planes)
+        self.dtype = dtype
+        self.pool = PagePool(page, shape.key_dim, shape.value_dim, dtype, device, planes, _fitting(form, shape))
         self.lengths = np.zeros((batch, shape.kv_heads), dtype=np.int64)
+        self.tail = self._empty_tail()
         self._set_table(np.full((batch * shape.kv_heads, 0), -1, dtype=np.int64))
 
     # -- sizes ---------------------------------------------------------------------------------------------------
@@ -92,9 +102,26 @@ class LayerStore:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the live tensors: pages, page table on the device included."""
+        """Bytes of the live tensors: pages, tail, page table on the device included."""
         lengths = 0 if self._on_device is None else self._on_device.numel() * self._on_device.element_size()
-        return self.pool.bytes + self._index.numel() * self._index.element_size() + lengths
+        tail = 0 if self.tail is None else self.tail.bytes
+        return self.pool.bytes + self._index.numel() * self._index.element_size() + lengths + tail
+
+    @property
+    def payload(self) -> int:
+        """Bytes of keys and values alone, free pages included."""
+        tail = 0 if self.tail is None else self.tail.bytes
+        return self.pool.keys.nbytes + self.pool.values.nbytes + tail
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of keys and values, scales included, that an attention over all entries looks at."""
+        return read_bytes(self.shape, self.dtype, self.page, self.form, self.lengths)
+
+    @property
+    def form(self) -> Format | None:
+        """How full pages are written; None for as they came."""
+        return self.pool.form
 
     @property
     def uniform(self) -> bool:
@@ -124,14 +151,24 @@ class LayerStore:
         added = np.full(b, t, dtype=np.int64) if counts is None else counts
         start = self.lengths
         self._reserve(start + added[:, None])
-        if t == 1 and counts is None and not self.pool.planes and self.unfit is None:
+        if t == 1 and counts is None and not planes and self.unfit is None:
+            if self.pool.planes:
+                slots = self.next_slots()
+                for plane in self.pool.planes.values():
+                    plane.view(-1).index_fill_(0, slots, 0)
             paged_append(keys, values, positions[:, 0], self.paged())
             self._lengths = start + 1  # the device has counted already
             return
         whole = counts is None and self._dense and self.uniform
         at = int(start.flat[0]) if whole else 0
         spread = positions[:, None, :].expand(b, h, t)
-        sources = {"keys": keys, "values": values, "positions": spread.to(torch.int32)}
+        sources = {"positions": spread.to(torch.int32)}
+        if self.tail is None:
+            sources |= {"keys": keys, "values": values}
+        else:
+            flat_keys, flat_values = keys.reshape(b * h, t, -1), values.reshape(b * h, t, -1)
+            counted = np.repeat(added, h)
+            self.tail.append(self.pool, flat_keys, flat_values, start.reshape(-1), counted, self.table)
         for name in self.pool.planes:
             given = (planes or {}).get(name)
             sources[name] = torch.zeros(b, h, t, device=self.device) if given is None else given.float()
@@ -160,6 +197,7 @@ class LayerStore:
         lengths: Lengths,
         *,
         planes: Mapping[str, Tensor] | None = None,
+        form: Format | None = None,
     ) -> None:
         """Hold these entries and nothing else, in fresh pages; the old ones are given back.
 
@@ -168,23 +206,45 @@ class LayerStore:
             positions: ``[N]`` int64.
             lengths: ``[B, H]``, summing to N.
             planes: ``[N]`` each; the store holds these planes from now on, and no others.
+            form: how full pages are written from now on; None for as they are.
         """
-        self._release()
-        self.pool = self._new_pool(tuple(planes or {}))
-        self._set_table(np.full((lengths.size, 0), -1, dtype=np.int64))
-        self.batch = lengths.shape[0]
-        self.lengths = np.zeros_like(lengths)
-        self._reserve(lengths, spare=False)
-        steps = np.arange(int(lengths.max(initial=0)))
-        slots = self._slots(*np.nonzero(steps < lengths.reshape(-1, 1)))
-        sources = {"keys": keys, "values": values, "positions": positions.to(torch.int32), **(planes or {})}
+        slots = self._renew(lengths, tuple(planes or {}), form)
+        sources = {"positions": positions.to(torch.int32), **(planes or {})}
+        if self.tail is None:
+            sources |= {"keys": keys, "values": values}
+        else:
+            self.tail.fill(self.pool, keys, values, lengths.reshape(-1), self.table)
         for name, source in sources.items():
             self._tensor(name).flatten(0, 1).index_copy_(0, slots, source)
         self.lengths = lengths.copy()
 
+    def _renew(self, lengths: Lengths, planes: tuple[str, ...], form: Format | None) -> Tensor:
+        """Own fresh pages for ``lengths`` entries, and nothing else; their flat slot numbers."""
+        self._release()
+        self.pool = self._new_pool(planes, form)
+        self._set_table(np.full((lengths.size, 0), -1, dtype=np.int64))
+        self.batch = lengths.shape[0]
+        self.lengths = np.zeros_like(lengths)
+        self.tail = self._empty_tail()
+        self._reserve(lengths, spare=False)
+        steps = np.arange(int(lengths.max(initial=0)))
+        return self._slots(*np.nonzero(steps < lengths.reshape(-1, 1)))
+
+    def rewrite(self, form: Format | None) -> None:
+        """Write full pages in another form from now on, and those that are held again."""
+        if form == self.form:
+            return
+        valid, view, positions = self.valid(), self.read(), self.positions()
+        planes = {name: self.plane(name)[valid] for name in self.pool.planes}
+        keys, values, positions = view.keys[valid], view.values[valid], positions[valid]
+        del view
+        self.replace(keys, values, positions, self.lengths.copy(), planes=planes, form=form)
+
     def make_room(self, count: int) -> None:
         """Own pages for ``count`` more entries of every head; planes there are zero."""
         self._reserve(self.lengths + count)
+        if self.tail is not None:
+            self.tail.own()
         places = self.lengths.reshape(-1, 1) + np.arange(count)
         slots = self._slots(np.arange(len(places))[:, None], places)
         for plane in self.pool.planes.values():
@@ -199,7 +259,10 @@ class LayerStore:
         if not self.longest:
             return
         before = (self.positions() < limits[:, None, None].to(self.device)) & self.valid()
-        self.lengths = before.sum(dim=-1).cpu().numpy().astype(np.int64)
+        lengths = before.sum(dim=-1).cpu().numpy().astype(np.int64)
+        if self.tail is not None:
+            self.tail.rewind(self.pool, self.lengths.reshape(-1), lengths.reshape(-1), self.table)
+        self.lengths = lengths
         if self._dense:
             return
         needed = -(-self.lengths.reshape(-1) // self.page)
@@ -210,6 +273,9 @@ class LayerStore:
     def write(self, plane: str, values: Tensor) -> None:
         """Set a plane from ``[B, H, T]``, T the longest head."""
         self._own(np.zeros(self.lengths.size, dtype=np.int64), np.full(self.lengths.size, self.table.shape[1]))
+        if self._dense and self.uniform:
+            self._rectangle(self.pool.planes[plane])[:, :, : self.longest] = values
+            return
         slots = self._slots(*np.nonzero(np.arange(self.longest) < self.lengths.reshape(-1, 1)))
         self.pool.planes[plane].view(-1).index_copy_(0, slots, values[self.valid()].float())
 
@@ -223,23 +289,29 @@ class LayerStore:
         if "bias" in self.pool.planes:
             logged = self._rectangle(self.pool.planes["bias"])[:, :, : self.longest]
             bias = logged if bias is None else bias + logged
-        keys, values = (self._rectangle(t)[:, :, : self.longest] for t in (self.pool.keys, self.pool.values))
+        if self.tail is None:
+            keys, values = (self._rectangle(t)[:, :, : self.longest] for t in (self.pool.keys, self.pool.values))
+            return StoreView(keys, values, bias)
+        found = self.tail.read(self.pool, self._index, self.lengths.reshape(-1))
+        keys, values = (t.view(*self.lengths.shape, *t.shape[1:])[:, :, : self.longest] for t in found)
         return StoreView(keys, values, bias)
 
     @property
     def unfit(self) -> str | None:
         """Why kernels cannot read and write these pages where they lie; None if they can."""
-        shape, pool = self.shape, self.pool
-        return unfit(pool.keys.device, pool.keys.dtype, shape.key_dim, shape.value_dim, self.page)
+        shape = self.shape
+        return unfit(self.device, self.dtype, shape.key_dim, shape.value_dim, self.page, self.form)
 
     def paged(self) -> Paged:
         """The pages themselves, for kernels that read and write them where they lie."""
         if self._on_device is None:
             self._on_device = torch.from_numpy(self.lengths.reshape(-1).astype(np.int32)).to(self.device)
-        table = self._index.view(self.table.shape)
-        return Paged(
-            self.pool.keys, self.pool.values, self.pool.positions, table, self._on_device, self.pool.planes.get("bias")
-        )
+        table, pool = self._index.view(self.table.shape), self.pool
+        if self.tail is None:
+            return Paged(pool.keys, pool.values, pool.positions, table, self._on_device, pool.planes.get("bias"))
+        self.tail.own()
+        tail, bias = self.tail, pool.planes.get("bias")
+        return Paged(tail.keys, tail.values, pool.positions, table, self._on_device, bias, pool.coded)
 
     def positions(self) -> Tensor:
         """``[B, H, T]`` int64 true positions (0 where there is no entry)."""
@@ -277,13 +349,15 @@ class LayerStore:
         self.pool.release(old)
         self.lengths = self.lengths[rows]
         self.batch = len(rows)
+        self.tail = None if self.tail is None else self.tail.select(index)
         self._set_table(table)
 
     def fork(self) -> LayerStore:
         """Another store with the same entries; pages are shared until one side writes to them."""
         other = object.__new__(LayerStore)
-        other.shape, other.batch, other.page = self.shape, self.batch, self.page
-        other.pool = self.pool if self.table.size else self._new_pool(tuple(self.pool.planes))
+        other.shape, other.batch, other.page, other.dtype = self.shape, self.batch, self.page, self.dtype
+        other.pool = self.pool if self.table.size else self._new_pool(tuple(self.pool.planes), self.form)
+        other.tail = None if self.tail is None else self.tail.fork()
         if self.table.size:
             self.pool.stores += 1
         other.lengths = self.lengths.copy()
@@ -312,6 +386,8 @@ class LayerStore:
             room = (store.table >= 0).sum(axis=1) * store.page
             if (store.lengths.reshape(-1) > room).any():
                 raise CacheStateError("a head holds more entries than its pages have room for.")
+            if store.tail is not None and len(store.tail.keys) != store.lengths.size:
+                raise CacheStateError("newest pages and heads differ in number.")
         if not np.array_equal(held, self.pool.counts):
             raise CacheStateError("pages owned and pages in tables differ: free + owned is not the total.")
 
@@ -341,6 +417,12 @@ class LayerStore:
         slots = self.table[rows, places // self.page] * self.page + places % self.page
         return torch.from_numpy(slots.reshape(-1)).to(self.device)
 
+    def next_slots(self) -> Tensor:
+        """Flat slot numbers of the entries that come next, one for each head; the host is not asked."""
+        paged = self.paged()
+        at = paged.lengths.long()[:, None]
+        return (paged.table.gather(1, at // self.page).long() * self.page + at % self.page)[:, 0]
+
     def _reserve(self, lengths: Lengths, *, spare: bool = True) -> None:
         """Own enough private pages to hold ``lengths [B, H]`` entries and write behind the present ones."""
         needed = -(-lengths.reshape(-1) // self.page)
@@ -353,7 +435,8 @@ class LayerStore:
                 self.pool.widen(len(needed), width + (width // 32 if spare else 0))
                 self._set_table(np.arange(self.pool.total, dtype=np.int64).reshape(len(needed), -1))
                 return
-        self._own(self.lengths.reshape(-1) // self.page, needed)
+        written = self.lengths if self.form is None else np.maximum(self.lengths - 1, 0)  # a full tail's page is, too
+        self._own(written.reshape(-1) // self.page, needed)
         owned = self._owned
         missing = np.maximum(needed - owned, 0)
         if not missing.any():
@@ -383,9 +466,15 @@ class LayerStore:
         table[shared] = fresh
         self._set_table(table)
 
-    def _new_pool(self, planes: tuple[str, ...]) -> PagePool:
-        like = self.pool.keys
-        return PagePool(self.page, self.shape.key_dim, self.shape.value_dim, like.dtype, like.device, planes)
+    def _new_pool(self, planes: tuple[str, ...], form: Format | None) -> PagePool:
+        form, shape = _fitting(form, self.shape), self.shape
+        return PagePool(self.page, shape.key_dim, shape.value_dim, self.dtype, self.device, planes, form)
+
+    def _empty_tail(self) -> Tail | None:
+        if self.form is None:
+            return None
+        dims = self.shape.key_dim, self.shape.value_dim
+        return Tail.empty(self.form, self.lengths.size, self.page, dims, self.dtype, self.device)
 
     def _release(self) -> None:
         pages = self.table[self.table >= 0]
@@ -399,3 +488,10 @@ class LayerStore:
             self._release()
         except Exception:
             pass
+
+
+def _fitting(form: Format | None, shape: LayerShape) -> Format | None:
+    why = None if form is None else form.unfit(shape.key_dim, shape.value_dim)
+    if why is not None:
+        raise RecipeError(f"{why}. Leave the codec out.")
+    return form

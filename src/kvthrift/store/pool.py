@@ -1,5 +1,7 @@
 """Pages: fixed runs of entries in one tensor each for keys, values, positions and optional planes.
 
+Keys and values may be in few bits; then scales and middles (``marks``) go with them.
+
 A page belongs to one head of one sequence, or is shared by forks and counted. Knows nothing of which entry is where.
 
 Invariants (``check``): every page is either free or owned, never both; a page's count is the number of tables that
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvthrift.errors import CacheStateError
+from kvthrift.kernels.codes import Coded, Format, groups
 
 Pages = NDArray[np.int64]
 
@@ -26,6 +29,7 @@ class PagePool:
         key_dim, value_dim: head dims.
         dtype, device: of keys and values.
         planes: names of float32 numbers kept beside each entry.
+        form: how keys and values are written; None for as they are.
     """
 
     def __init__(
@@ -36,10 +40,20 @@ class PagePool:
         dtype: torch.dtype,
         device: torch.device,
         planes: tuple[str, ...] = (),
+        form: Format | None = None,
     ) -> None:
         self.page = page
-        self.keys = _fresh((0, page, key_dim), dtype, device)
-        self.values = _fresh((0, page, value_dim), dtype, device)
+        self.form = form
+        self.marks: dict[str, Tensor] = {}
+        if form is None:
+            self.keys = _fresh((0, page, key_dim), dtype, device)
+            self.values = _fresh((0, page, value_dim), dtype, device)
+        else:
+            self.keys = _fresh((0, page, key_dim // form.together), torch.uint8, device)
+            self.values = _fresh((0, value_dim // form.together, page), torch.uint8, device)
+            for mark in ("scale", "middle")[: form.marks]:
+                self.marks[f"key_{mark}"] = _fresh((0, key_dim), torch.float16, device)
+                self.marks[f"value_{mark}"] = _fresh((0, groups(value_dim), page), torch.float16, device)
         self.positions = _fresh((0, page), torch.int32, device)
         self.planes = {name: _fresh((0, page), torch.float32, device) for name in planes}
         self.counts: Pages = np.zeros(0, dtype=np.int64)
@@ -72,8 +86,13 @@ class PagePool:
         return int(np.prod(t.shape[2:], dtype=np.int64)) * t.element_size()
 
     def tensors(self) -> list[Tensor]:
-        """Keys, values, positions, then planes."""
-        return [self.keys, self.values, self.positions, *self.planes.values()]
+        """Keys, values, positions, then marks and planes."""
+        return [self.keys, self.values, self.positions, *self.marks.values(), *self.planes.values()]
+
+    @property
+    def coded(self) -> Coded | None:
+        """Keys and values, if they are in few bits."""
+        return None if self.form is None else Coded(self.form, self.keys, self.values, **self.marks)
 
     def take(self, count: int) -> Pages:
         """Hand out ``count`` zeroed pages, growing if there are too few free ones."""
@@ -95,6 +114,7 @@ class PagePool:
         self.keys = _resized(self.keys, total, kept)
         self.values = _resized(self.values, total, kept)
         self.positions = _resized(self.positions, total, kept)
+        self.marks = {name: _resized(mark, total, kept) for name, mark in self.marks.items()}
         self.planes = {name: _resized(plane, total, kept) for name, plane in self.planes.items()}
         counts = np.zeros(total, dtype=np.int64)
         counts[:kept] = self.counts[:kept]
@@ -105,6 +125,7 @@ class PagePool:
         self.keys, self.values, self.positions = (
             _widened(t, rows, width) for t in (self.keys, self.values, self.positions)
         )
+        self.marks = {name: _widened(mark, rows, width) for name, mark in self.marks.items()}
         self.planes = {name: _widened(plane, rows, width) for name, plane in self.planes.items()}
         self.counts = np.ones(rows * width, dtype=np.int64)
 

@@ -70,6 +70,7 @@ class GraphSteps:
         finally:
             self.steps.taken = 0
             self.steps.restart()
+            self.steps.settle()
 
     def _record(self, forward: Callable[..., Any]) -> None:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

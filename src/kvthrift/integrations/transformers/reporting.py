@@ -28,11 +28,10 @@ def cache_report(cache: Cache) -> CacheReport:
         store = layer.store
         if store is None:
             continue
-        size = (store.shape.key_dim + store.shape.value_dim) * store.pool.keys.element_size()
+        size = (store.shape.key_dim + store.shape.value_dim) * store.dtype.itemsize
         count = int(seen.sum()) * store.shape.kv_heads
         full_bytes += count * size
-        payload += store.pool.keys.numel() * store.pool.keys.element_size()
-        payload += store.pool.values.numel() * store.pool.values.element_size()
+        payload += store.payload
         if not layer.whole:
             entries, full = entries + store.entries, full + count
     stock = sum(row.bytes for number, row in enumerate(rows) if number not in ours)
@@ -53,7 +52,9 @@ def cache_report(cache: Cache) -> CacheReport:
 
 
 def _row(number: int, layer: LayerCache) -> LayerReport:
-    note = "left whole: the recipe skips it" if layer.whole else ""
+    form = None if layer.store is None else layer.store.form
+    written = "" if form is None else f"in {form.name}, but for each head's newest page"
+    note = "left whole: the recipe skips it" if layer.whole else written
     if layer.store is None or not layer.store.lengths.size:
         return LayerReport(number, 0, 0, 0.0, 0, 0, note)
     lengths = layer.store.lengths

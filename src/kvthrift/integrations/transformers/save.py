@@ -26,9 +26,10 @@ from kvthrift.errors import CacheStateError, KvthriftError, ModelMismatchError, 
 from kvthrift.integrations.transformers.cache import Cache, CacheLayer
 from kvthrift.integrations.transformers.facts import attention_modules, weights_fingerprint
 from kvthrift.recipe import Recipe
-from kvthrift.runtime import LayerCache
+from kvthrift.runtime import CacheState, LayerCache
 from kvthrift.runtime.observe import QueryStatistics, QueryWindow
 from kvthrift.store import LayerStore
+from kvthrift.store.saved import flat, refill
 
 FORMAT = "1"
 _KEY = "kvthrift"
@@ -89,7 +90,7 @@ def load(path: str | Path, model: PreTrainedModel) -> Cache:
             raise ModelMismatchError(
                 f"{path} holds {mine['keys'].dtype}, but the model runs in {model.dtype}. Load it in that."
             )
-        _restore(layer, mine, header["shapes"][str(layer.number)], state.page, model.device)
+        _restore(layer, mine, header["shapes"][str(layer.number)], state, model.device)
     for number, front in enumerate(cache.layers):
         if isinstance(front, CacheLayer):
             front.bind(modules[front.place_number])
@@ -135,14 +136,7 @@ def _tensors(cache: Cache) -> dict[str, Tensor]:
         out["history"] = torch.from_numpy(cache.state.columns.history.astype(np.uint8))
     for layer in cache.state.layers:
         store = _store(layer)
-        valid, view = store.valid(), store.read()
-        mine = {
-            "keys": view.keys[valid],
-            "values": view.values[valid],
-            "positions": store.positions()[valid].to(torch.int32),
-            "lengths": torch.from_numpy(store.lengths),
-        }
-        mine |= {f"plane.{name}": store.plane(name)[valid] for name in store.pool.planes}
+        mine = flat(store)
         if layer.window is not None and layer.window.queries is not None and layer.window.positions is not None:
             mine |= {"window.queries": layer.window.queries, "window.positions": layer.window.positions}
         if layer.statistics is not None and layer.statistics.moments is not None:
@@ -189,13 +183,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _restore(layer: LayerCache, mine: dict[str, Tensor], sizes: list[Any], page: int, device: torch.device) -> None:
+def _restore(
+    layer: LayerCache, mine: dict[str, Tensor], sizes: list[Any], state: CacheState, device: torch.device
+) -> None:
     shape = LayerShape(*(int(x) for x in sizes[:4]))
-    lengths = mine["lengths"].numpy()
-    store = LayerStore(shape, lengths.shape[0], mine["keys"].dtype, device, page=page)
+    store = LayerStore(shape, mine["lengths"].shape[0], mine["keys"].dtype, device, page=state.page)
     on = {name: t.to(device) for name, t in mine.items()}
-    planes = {name.removeprefix("plane."): t for name, t in on.items() if name.startswith("plane.")}
-    store.replace(on["keys"], on["values"], on["positions"].long(), lengths, planes=planes)
+    refill(store, on, layer.form(state))
     layer.store, layer.scale, layer.since, layer.group = store, float(sizes[4]), int(sizes[5]), shape.group
     if "window.queries" in on:
         layer.window = QueryWindow(on["window.queries"].shape[2])

@@ -2,9 +2,10 @@
 
 The pages of all rows are one list, cut into as many equal runs as there are programs; a run may begin or end within a
 row and span several. Every program finds its place in that list by itself (a cumulative sum over the rows' lengths), so
-nothing is planned on the host and one long head among short ones costs nothing. Within a row: a running softmax in base
-two. Where a row is cut, each program leaves its part in scratch, and the last one to arrive (an atomic count) joins the
-parts by log-sum-exp, as in Flash-Decoding and Stream-K (2301.03598), without a second launch.
+nothing is planned on the host and one long head among short ones costs nothing. Rows of one length need no search: each
+is cut into as many runs, and a program has one. Within a row: a running softmax in base two. Where a row is cut, each
+program leaves its part in scratch, and the last one to arrive (an atomic count) joins the parts by log-sum-exp, as in
+Flash-Decoding and Stream-K (2301.03598), without a second launch.
 """
 
 from __future__ import annotations
@@ -16,18 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvthrift.kernels.triton.parts import LN2, join, of_row
+
 if TYPE_CHECKING:
     from kvthrift.kernels.paged import Paged, ReadPlan
 
 _LOG2E = 1.4426950408889634
 _JOINED = 8192  # numbers of several parts that are joined at once
-_LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E_CONST = tl.constexpr(_LOG2E)
-
-
-@triton.jit
-def _of(r, values, row):  # fmt: skip
-    return tl.sum(tl.where(r == row, values, 0), 0)
 
 
 @triton.jit
@@ -36,7 +33,7 @@ def _read(
     scale, width, rows,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, QP: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ROWWISE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     if EVEN:
@@ -49,13 +46,22 @@ def _read(
         pages = tl.where(r < rows, tl.maximum((lengths + PAGE - 1) // PAGE, 1), 0)
         ends = tl.cumsum(pages, 0)
         pages_in_all = tl.sum(pages, 0)
-    run = (pages_in_all + programs - 1) // programs
-    first, stop = program * run, tl.minimum(program * run + run, pages_in_all)
+    if ROWWISE:  # whole rows are cut, each by as many programs
+        splits = programs // rows
+        run = (each + splits - 1) // splits
+        own = program // splits
+        first = own * each + (program - own * splits) * run
+        stop = tl.minimum(first + run, (own + 1) * each)
+    else:
+        run = (pages_in_all + programs - 1) // programs
+        first, stop = program * run, tl.minimum(program * run + run, pages_in_all)
     if first < stop:
         m, d, dv, n = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, PAGE)
         inside, in_d, in_dv = m < QUERIES, d < D, dv < DV
         held = inside[:, None] & in_dv[None, :]
-        if EVEN:
+        if ROWWISE:
+            first_row, last_row = own, own
+        elif EVEN:
             first_row, last_row = first // each, (stop - 1) // each
         else:
             first_row = tl.sum((ends <= first).to(tl.int32), 0)
@@ -64,9 +70,9 @@ def _read(
             if EVEN:
                 row_stop, row_first = (row + 1) * each, row * each
             else:
-                length = _of(r, lengths, row)
-                row_stop = _of(r, ends, row)
-                row_first = row_stop - _of(r, pages, row)
+                length = of_row(r, lengths, row)
+                row_stop = of_row(r, ends, row)
+                row_first = row_stop - of_row(r, pages, row)
             begin = tl.maximum(first, row_first) - row_first
             end = tl.minimum(tl.minimum(stop, row_stop) - row_first, (length + PAGE - 1) // PAGE)
             q = tl.load(
@@ -95,13 +101,17 @@ def _read(
                 top = high
             safe = tl.where(total > 0, total, 1.0)
             lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))
-            first_part, last_part = row_first // run, (row_stop - 1) // run  # programs that share this row
+            if ROWWISE:
+                first_part = own * splits
+                last_part = first_part + (each - 1) // run
+            else:
+                first_part, last_part = row_first // run, (row_stop - 1) // run  # programs that share this row
             if first_part == last_part:
                 tl.store(
                     out_ptr + row * QUERIES * DV + m[:, None] * DV + dv[None, :],
                     (acc / safe[:, None]).to(out_ptr.dtype.element_ty), mask=held,
                 )  # fmt: skip
-                tl.store(lse_ptr + row * QUERIES + m, lse * _LN2, mask=inside)
+                tl.store(lse_ptr + row * QUERIES + m, lse * LN2, mask=inside)
             else:
                 slot = (program + row) * QUERIES  # a part's own: both grow, and one of them with every part
                 tl.store(part_ptr + slot * DV + m[:, None] * DV + dv[None, :], acc / safe[:, None], mask=held)
@@ -110,36 +120,10 @@ def _read(
                 before = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel")
                 if before == last_part - first_part:
                     tl.store(arrived_ptr + row, 0)
-                    g, p = tl.arange(0, QP), tl.arange(0, PARTS)
-                    top_all = tl.full([QP], float("-inf"), tl.float32)
-                    total_all = tl.zeros([QP], tl.float32)
-                    acc_all = tl.zeros([QP, DVP], tl.float32)
-                    for other in range(first_part, last_part + 1, PARTS):
-                        slots = (other + p + row) * QUERIES
-                        there = (other + p <= last_part)[:, None] & (g < QUERIES)[None, :]
-                        lses = tl.load(
-                            part_lse_ptr + slots[:, None] + g[None, :], mask=there, other=float("-inf"),
-                            cache_modifier=".cg",
-                        )  # fmt: skip
-                        parts = tl.load(
-                            part_ptr + (slots[:, None] + g[None, :])[:, :, None] * DV + dv[None, None, :],
-                            mask=there[:, :, None] & in_dv[None, None, :], other=0.0, cache_modifier=".cg",
-                        )  # fmt: skip
-                        high_all = tl.maximum(top_all, tl.max(lses, 0))
-                        base_all = tl.where(high_all == float("-inf"), 0.0, high_all)
-                        weight = tl.exp2(lses - base_all[None, :])
-                        shrink_all = tl.exp2(top_all - base_all)
-                        total_all = total_all * shrink_all + tl.sum(weight, 0)
-                        acc_all = acc_all * shrink_all[:, None] + tl.sum(parts * weight[:, :, None], 0)
-                        top_all = high_all
-                    safe_all = tl.where(total_all > 0, total_all, 1.0)
-                    tl.store(
-                        out_ptr + row * QUERIES * DV + g[:, None] * DV + dv[None, :],
-                        (acc_all / safe_all[:, None]).to(out_ptr.dtype.element_ty),
-                        mask=(g < QUERIES)[:, None] & in_dv[None, :],
+                    join(
+                        out_ptr, lse_ptr, part_ptr, part_lse_ptr, row, first_part, last_part, QUERIES, QP, DV, DVP,
+                        PARTS,
                     )  # fmt: skip
-                    lse_all = tl.where(total_all > 0, top_all + tl.log2(safe_all), float("-inf"))
-                    tl.store(lse_ptr + row * QUERIES + g, lse_all * _LN2, mask=g < QUERIES)
 
 
 def read(
@@ -163,7 +147,7 @@ def read(
         out, lse, plan.parts, plan.lses, plan.arrived, scale * _LOG2E, width, rows,
         ROWS=triton.next_power_of_2(rows), QUERIES=queries, M=tall, D=dim, DP=deep, DV=value_dim, DVP=wide,
         QP=grouped, PARTS=max(1, _JOINED // (grouped * wide)), PAGE=paged.page,
-        EVEN=plan.even, HAS_BIAS=bias is not None, STAGES=stages,
+        EVEN=plan.even, ROWWISE=plan.even and plan.programs % rows == 0, HAS_BIAS=bias is not None, STAGES=stages,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps or (2 if q.element_size() == 2 and max(deep, wide) * tall <= 128 * 16 else 4),
     )  # fmt: skip

@@ -1,0 +1,133 @@
+"""One new entry for every row, in front of pages in few bits; a last page that is full is written in few bits first.
+
+Everything is decided on the device, row by row, so that it can be part of a CUDA graph. The arithmetic is that of
+``kernels/codes.py``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvthrift.kernels.paged import Paged
+
+_LARGEST_FLOAT = tl.constexpr(448.0)
+_LARGEST_HALF = tl.constexpr(65504.0)
+
+
+@triton.jit
+def _scales(low, high, BITS: tl.constexpr, FLOATING: tl.constexpr):
+    """Float16 scale and middle of groups, as in ``codes``; NaN where float16 cannot express them."""
+    if FLOATING:
+        middle = tl.zeros_like(low).to(tl.float16)
+        reach = tl.div_rn(tl.maximum(high, -low), tl.full(low.shape, _LARGEST_FLOAT, tl.float32))
+    else:
+        middle = (low / 2 + high / 2).to(tl.float16)
+        half = middle.to(tl.float32)
+        reach = tl.div_rn(tl.maximum(high - half, half - low), tl.full(low.shape, (2**BITS - 1) / 2, tl.float32))
+    nearest = reach.to(tl.float16)
+    above = (nearest.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
+    scale = tl.where(nearest.to(tl.float32) < reach, above, nearest)
+    scale = tl.where(tl.abs(scale.to(tl.float32)) <= _LARGEST_HALF, scale, float("nan"))
+    return scale, tl.where(tl.abs(middle.to(tl.float32)) <= _LARGEST_HALF, middle, float("nan"))
+
+
+@triton.jit
+def _codes(x, scale, middle, BITS: tl.constexpr, FLOATING: tl.constexpr):
+    """Levels as int32; scale and middle broadcast against ``x``, float32."""
+    units = tl.div_rn(x - middle, tl.where(scale == 0, 1.0, scale))
+    if FLOATING:
+        return units.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    half: tl.constexpr = 2 ** (BITS - 1)
+    levels = tl.minimum(tl.maximum(tl.floor(units + half), 0.0), 2.0 * half - 1.0).to(tl.int32)
+    return (levels - half) & 255 if BITS == 8 else levels
+
+
+@triton.jit
+def _append(
+    new_k_ptr, new_v_ptr, new_position_ptr, k_ptr, v_ptr, position_ptr, codes_k_ptr, codes_v_ptr, k_scale_ptr,
+    k_middle_ptr, v_scale_ptr, v_middle_ptr, table_ptr, length_ptr, k_stride, v_stride, position_stride, width,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
+    BITS: tl.constexpr, FLOATING: tl.constexpr,
+):  # fmt: skip
+    PLANES: tl.constexpr = 8 // BITS
+    K: tl.constexpr = D // PLANES
+    V: tl.constexpr = DV // PLANES
+    row = tl.program_id(0)
+    length = tl.load(length_ptr + row)
+    tail_k, tail_v = k_ptr + row.to(tl.int64) * (PAGE * D), v_ptr + row.to(tl.int64) * (PAGE * DV)
+    if (length > 0) & (length % PAGE == 0):
+        page = tl.load(table_ptr + row * width + length // PAGE - 1).to(tl.int64)
+        n, c, cv = tl.arange(0, PAGE), tl.arange(0, DP), tl.arange(0, DVP)
+        packed = tl.zeros([PAGE, DP], tl.int32)
+        for plane in tl.static_range(PLANES):
+            at = n[:, None] * D + plane * K + c[None, :]
+            x = tl.load(tail_k + at, mask=(c < K)[None, :], other=0.0).to(tl.float32)
+            odd = tl.sum(x * 0.0, 0)  # NaN where a number is not finite
+            scale, middle = _scales(tl.min(x, 0) + odd, tl.max(x, 0) + odd, BITS, FLOATING)
+            tl.store(k_scale_ptr + page * D + plane * K + c, scale, mask=c < K)
+            if not FLOATING:
+                tl.store(k_middle_ptr + page * D + plane * K + c, middle, mask=c < K)
+            scale, middle = scale.to(tl.float32), middle.to(tl.float32)
+            packed |= _codes(x, scale[None, :], middle[None, :], BITS, FLOATING) << (BITS * plane)
+        tl.store(
+            codes_k_ptr + page * (PAGE * K) + n[:, None] * K + c[None, :], packed.to(tl.uint8), mask=(c < K)[None, :]
+        )  # fmt: skip
+        low, high = tl.full([PAGE], float("inf"), tl.float32), tl.full([PAGE], float("-inf"), tl.float32)
+        odd = tl.zeros([PAGE], tl.float32)
+        inside = (cv < V)[:, None]
+        for plane in tl.static_range(PLANES):
+            at = n[None, :] * DV + plane * V + cv[:, None]
+            x = tl.load(tail_v + at, mask=inside, other=0.0).to(tl.float32)
+            low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 0))
+            high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")), 0))
+            odd += tl.sum(x * 0.0, 0)
+        scale, middle = _scales(low + odd, high + odd, BITS, FLOATING)
+        tl.store(v_scale_ptr + page * PAGE + n, scale)
+        if not FLOATING:
+            tl.store(v_middle_ptr + page * PAGE + n, middle)
+        scale, middle = scale.to(tl.float32), middle.to(tl.float32)
+        turned = tl.zeros([DVP, PAGE], tl.int32)
+        for plane in tl.static_range(PLANES):
+            at = n[None, :] * DV + plane * V + cv[:, None]
+            x = tl.load(tail_v + at, mask=inside, other=0.0).to(tl.float32)
+            turned |= _codes(x, scale[None, :], middle[None, :], BITS, FLOATING) << (BITS * plane)
+        tl.store(codes_v_ptr + page * (PAGE * V) + cv[:, None] * PAGE + n[None, :], turned.to(tl.uint8), mask=inside)
+        tl.debug_barrier()  # the tail was read by all before its first entry is written over
+    place = length % PAGE
+    position = tl.load(new_position_ptr + (row // HEADS) * position_stride)
+    d, dv = tl.arange(0, PLANES * DP), tl.arange(0, PLANES * DVP)
+    k = tl.load(new_k_ptr + row * k_stride + d, mask=d < D)
+    v = tl.load(new_v_ptr + row * v_stride + dv, mask=dv < DV)
+    tl.store(tail_k + place * D + d, k, mask=d < D)
+    tl.store(tail_v + place * DV + dv, v, mask=dv < DV)
+    page = tl.load(table_ptr + row * width + length // PAGE).to(tl.int64)
+    tl.store(position_ptr + page * PAGE + place, position.to(tl.int32))
+    tl.store(length_ptr + row, length + 1)
+
+
+def append(k: Tensor, v: Tensor, positions: Tensor, paged: Paged) -> None:
+    """See :func:`kvthrift.kernels.paged.paged_append`."""
+    rows, width = paged.table.shape
+    dim, value_dim = k.shape[-1], v.shape[-1]
+    k, v = k.reshape(rows, dim), v.reshape(rows, value_dim)
+    if k.stride(1) != 1:
+        k = k.contiguous()
+    if v.stride(1) != 1:
+        v = v.contiguous()
+    coded = paged.coded
+    assert coded is not None
+    form, none = coded.format, coded.key_scale
+    key_middle, value_middle = (none if t is None else t for t in (coded.key_middle, coded.value_middle))
+    _append[(rows,)](
+        k, v, positions, paged.keys, paged.values, paged.positions, coded.keys, coded.values, coded.key_scale,
+        key_middle, coded.value_scale, value_middle, paged.table, paged.lengths, k.stride(0), v.stride(0),
+        positions.stride(0), width,
+        HEADS=rows // positions.shape[0], D=dim, DP=triton.next_power_of_2(dim // form.together),
+        DV=value_dim, DVP=triton.next_power_of_2(value_dim // form.together), PAGE=paged.page,
+        BITS=form.bits, FLOATING=form.floating, num_warps=4,
+    )  # fmt: skip

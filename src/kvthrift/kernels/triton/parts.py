@@ -1,0 +1,51 @@
+"""Where a row's entries were read by several programs: the last to arrive joins their parts by log-sum-exp."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def of_row(r, values, row):  # fmt: skip
+    """The value of one row, held in registers."""
+    return tl.sum(tl.where(r == row, values, 0), 0)
+
+
+@triton.jit
+def join(
+    out_ptr, lse_ptr, part_ptr, part_lse_ptr, row, first_part, last_part,
+    QUERIES: tl.constexpr, QP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Write what the parts ``first_part .. last_part`` of a row come to, ``PARTS`` of them at a time."""
+    g, p, dv = tl.arange(0, QP), tl.arange(0, PARTS), tl.arange(0, DVP)
+    in_dv = dv < DV
+    top = tl.full([QP], float("-inf"), tl.float32)
+    total = tl.zeros([QP], tl.float32)
+    acc = tl.zeros([QP, DVP], tl.float32)
+    for other in range(first_part, last_part + 1, PARTS):
+        slots = (other + p + row) * QUERIES
+        there = (other + p <= last_part)[:, None] & (g < QUERIES)[None, :]
+        lses = tl.load(
+            part_lse_ptr + slots[:, None] + g[None, :], mask=there, other=float("-inf"), cache_modifier=".cg"
+        )  # fmt: skip
+        parts = tl.load(
+            part_ptr + (slots[:, None] + g[None, :])[:, :, None] * DV + dv[None, None, :],
+            mask=there[:, :, None] & in_dv[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        high = tl.maximum(top, tl.max(lses, 0))
+        base = tl.where(high == float("-inf"), 0.0, high)
+        weight = tl.exp2(lses - base[None, :])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weight, 0)
+        acc = acc * shrink[:, None] + tl.sum(parts * weight[:, :, None], 0)
+        top = high
+    safe = tl.where(total > 0, total, 1.0)
+    tl.store(
+        out_ptr + row * QUERIES * DV + g[:, None] * DV + dv[None, :],
+        (acc / safe[:, None]).to(out_ptr.dtype.element_ty), mask=(g < QUERIES)[:, None] & in_dv[None, :],
+    )  # fmt: skip
+    lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))
+    tl.store(lse_ptr + row * QUERIES + g, lse * LN2, mask=g < QUERIES)
