@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet
 
-.PHONY: venv demo test test-vllm lint format clean
+.PHONY: venv demo test test-vllm parity lint format clean
 .DELETE_ON_ERROR:
 
 venv: $(INSTALLED)
@@ -41,6 +41,10 @@ $(VLLM)/.installed: pyproject.toml constraints/vllm.txt
 
 test-vllm: $(VLLM)/.installed
 	PYTHONPATH=. $(VLLM)/bin/python -m pytest tests/vllm -p no:cacheprovider -W default
+
+# Which entries NVIDIA's kvpress keeps, beside kvthrift's: kvpress in an environment of its own, below build/ (1.4 GB).
+parity: venv constraints/parity.txt
+	PYTHON=$(PYTHON) benchmarks/parity/run.sh
 
 lint: venv
 	$(BIN)/ruff check .

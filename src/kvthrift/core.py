@@ -206,7 +206,7 @@ class LayerView:
         keys, values: ``[B, H, T, Dk]`` as cached (post-RoPE), ``[B, H, T, Dv]``.
         positions: ``[B, H, T]`` int64, true token positions.
         lengths: ``[B, H]`` int64.
-        seen: ``[B]`` int64, tokens of each sequence so far.
+        seen: ``[B]`` int64, tokens of each sequence so far; known_seen: the same, where the host need not ask for it.
         scale: the softmax scale of the layer.
         group: query heads per KV head.
         queries, query_positions: ``[B, HG, W, Dk]`` post-RoPE, ``[B, W]`` int64 (-1 where there is none).
@@ -238,6 +238,7 @@ class LayerView:
     second_pass: dict[SecondPass, Tensor] = field(default_factory=dict)
     powers: dict[Powers, Tensor] = field(default_factory=dict)
     segments: Tensor | None = None
+    known_seen: tuple[int, ...] = ()
     _valid: Tensor | None = field(default=None, repr=False)
 
     @property

@@ -17,7 +17,7 @@ from kvthrift.runtime.compress import choose, protected_entries
 
 OPTIONS = [(m.name, option) for m in methods().values() for option in m.options]
 IDS = [f"{name}-{option.name}" for name, option in OPTIONS]
-COMMON = ("budget", "every", "merge", "skip")
+COMMON = ("budget", "every", "merge", "skip", "codec")
 
 
 def hint(name: str, option: str) -> Any:

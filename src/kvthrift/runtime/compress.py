@@ -76,12 +76,13 @@ def gather(recipe: Recipe, view: LayerView, keep: Tensor, scores: Tensor | None,
         steps = torch.arange(keep.shape[-1], device=keep.device)
         gone = (view.lengths - lengths)[..., None] - (steps - (keep.cumsum(dim=-1) - 1))
         keys = view.rope.rotate(keys, gone)
+    at = keep.nonzero(as_tuple=True)  # once: on a GPU it waits for the device, and a mask does so each time
     return Kept(
-        keys[keep],
-        values[keep],
-        view.positions[keep],
+        keys[at],
+        values[at],
+        view.positions[at],
         lengths.cpu().numpy().astype(np.int64),
-        {name: plane[keep] for name, plane in planes.items()},
+        {name: plane[at] for name, plane in planes.items()},
     )
 
 

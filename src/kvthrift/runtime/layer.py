@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvthrift import kernels
 from kvthrift.core import LayerShape, LayerView, ModuleFacts, Rope, SecondPass
 from kvthrift.errors import CacheStateError, ModelMismatchError
+from kvthrift.kernels.codes import Format
 from kvthrift.runtime import received
 from kvthrift.runtime.compress import Kept, check_floor, choose, gather
 from kvthrift.runtime.observe import QueryStatistics, QueryWindow
-from kvthrift.runtime.step import Step
+from kvthrift.runtime.step import Step, on_device
 from kvthrift.store import LayerStore
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ class LayerCache:
         own = kernels.attend(q, k, v, scale=scale, causal=True, need_lse=past or self._counts(state))
         if past:
             view = store.read()
+            if store.form is not None:
+                state.meter.saw(state.held + _bytes(k, v, view.keys, view.values))
             stored = kernels.attend(q, view.keys, view.values, scale=scale, bias=view.bias, need_lse=True)
             own = kernels.merge((stored, own))
         self._observe(state, q, step, facts)
@@ -87,7 +91,8 @@ class LayerCache:
         store = self.store_for(state, q, k, v)
         store.append(k, v, step.positions)
         self.since += 1
-        whole = store.longest == int(step.start.max()) + 1  # nothing has gone: be bit for bit what sdpa is
+        # where nothing has gone: be bit for bit what sdpa is
+        whole = store.form is None and store.longest == int(step.start.max()) + 1
         if store.unfit is None and not whole:
             out = kernels.paged_attend(q, store.paged(), scale=self.scale).out
         else:
@@ -120,7 +125,7 @@ class LayerCache:
             fires = False
         store.append(k, v, step.positions, counts=step.counts if step.padded else None, planes=planes)
         self.since += step.length
-        state.meter.saw(state.held + _bytes(k, v))
+        state.meter.saw(state.held + _bytes(k, v) * (1 if store.form is None else 2))
         seen = step.start + step.counts
         if self._counts(state) and not planes:
             view = self._stored_view(state, seen)
@@ -139,15 +144,17 @@ class LayerCache:
         recipe, store = state.recipe, self.store
         if store is None or not recipe.compresses or self.whole:
             return False
-        per_head = state.per_head(view, store)
+        seen, rooms = state.rooms(view, store)
         self.since = 0
-        fits = view.seen <= per_head  # [B]; of a longer text a layer may have to hold less than its heads' mean
+        whole = seen <= rooms  # [B]; of a longer text a layer may have to hold less than its heads' mean
         if recipe.budget is None:  # how much stays is for the layer to find
-            fits = torch.zeros_like(fits)
-        if bool(fits.all()):
+            whole = np.zeros_like(whole)
+        if whole.all():
             return False
         with state.meter.compressing(view.keys.device):
-            check_floor(recipe, per_head)
+            check_floor(recipe, torch.from_numpy(rooms))
+            per_head = on_device(rooms, view.keys.device)
+            fits = on_device(whole.astype(np.int64), view.keys.device) > 0
             self._ask(state, view, facts)
             planes = self._planes(state, view)
             shared = state.shared_choice(self)
@@ -167,7 +174,7 @@ class LayerCache:
             kept = gather(recipe, view, keep, scores, planes)
             copied = 0 if _same(view.keys, store.pool.keys) else _bytes(view.keys, view.values)
             state.meter.saw(state.held + copied + 2 * _bytes(kept.keys, kept.values))
-            self._hold(kept)
+            self._hold(state, kept)
             state.cascade(self)
         return True
 
@@ -200,7 +207,7 @@ class LayerCache:
         state.meter.compressions += 1
         kept = gather(state.recipe, view, keep, scores, self._planes(state, view))
         state.meter.saw(state.held + 2 * _bytes(kept.keys, kept.values))
-        self._hold(kept)
+        self._hold(state, kept)
 
     def cut(self, state: CacheState, per_head: Tensor) -> None:
         """Cut an already compressed layer further, by the scores it was compressed with; ``per_head [B]``."""
@@ -217,11 +224,21 @@ class LayerCache:
         planes = {name: store.plane(name) for name in store.pool.planes}
         keep = choose(recipe, view, scores, per_head)
         keep = torch.where((view.lengths.sum(dim=1) <= room)[:, None, None], view.valid, keep)
-        self._hold(gather(recipe, view, keep, scores if recipe.merge.biased else None, planes))
+        self._hold(state, gather(recipe, view, keep, scores if recipe.merge.biased else None, planes))
 
-    def _hold(self, kept: Kept) -> None:
+    def form(self, state: CacheState) -> Format | None:
+        """How this layer's full pages are to be written; None for as they are."""
+        return None if state.recipe.codec is None or self.whole else state.recipe.codec.format
+
+    def rewrite(self, state: CacheState) -> None:
+        """Write what is held as the recipe says, if that had to wait."""
         if self.store is not None:
-            self.store.replace(kept.keys, kept.values, kept.positions, kept.lengths, planes=kept.planes)
+            self.store.rewrite(self.form(state))
+
+    def _hold(self, state: CacheState, kept: Kept) -> None:
+        if self.store is not None:
+            form = self.form(state) if state.early else None
+            self.store.replace(kept.keys, kept.values, kept.positions, kept.lengths, planes=kept.planes, form=form)
 
     def _planes(self, state: CacheState, view: LayerView) -> dict[str, Tensor]:
         planes = {}
@@ -243,8 +260,10 @@ class LayerCache:
     def _fresh_view(self, state: CacheState, k: Tensor, v: Tensor, step: Step) -> LayerView:
         b, h, t = k.shape[:3]
         positions = step.positions[:, None].expand(b, h, t)
-        lengths = torch.from_numpy(step.counts).to(k.device)[:, None].expand(b, h)
-        return self._view(state, k, v, positions, lengths, step.seen)
+        lengths = on_device(step.counts, k.device)[:, None].expand(b, h)
+        view = self._view(state, k, v, positions, lengths, step.seen)
+        view.known_seen = tuple((step.start + step.counts).tolist())
+        return view
 
     def stored_view(self, state: CacheState) -> LayerView:
         """What parts see of the entries held between forward passes."""
@@ -320,12 +339,13 @@ class LayerCache:
         shape = LayerShape(k.shape[1], q.shape[1], k.shape[-1], v.shape[-1])
         if self.store is None:
             planes = received.plane_names(state.observes) if self._counts(state) else ()
-            self.store = LayerStore(shape, k.shape[0], k.dtype, k.device, page=state.page, planes=planes)
+            form = self.form(state) if state.early else None
+            self.store = LayerStore(shape, k.shape[0], k.dtype, k.device, page=state.page, planes=planes, form=form)
         store = self.store
-        if store.shape != shape or store.batch != k.shape[0] or store.pool.keys.dtype != k.dtype:
+        if store.shape != shape or store.batch != k.shape[0] or store.dtype != k.dtype:
             raise ModelMismatchError(
                 f"layer {self.number} of this cache holds {store.batch} sequences of {store.shape} in "
-                f"{store.pool.keys.dtype}, but the model brings {k.shape[0]} of {shape} in {k.dtype}. Use the "
+                f"{store.dtype}, but the model brings {k.shape[0]} of {shape} in {k.dtype}. Use the "
                 "cache with the model and batch it was made for."
             )
         return store

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvthrift.core import LayerView, ModuleFacts, Signals, no_facts
 from kvthrift.errors import CacheStateError, MissingSignalError, RecipeError
 from kvthrift.recipe import Recipe
+from kvthrift.runtime.cascade import Cascade
 from kvthrift.runtime.compress import check_floor, layer_totals, protected_entries
 from kvthrift.runtime.fixed import FixedSteps
 from kvthrift.runtime.joint import compress_jointly
@@ -23,8 +24,8 @@ from kvthrift.runtime.meter import Meter
 from kvthrift.runtime.received import plane_names
 from kvthrift.runtime.second_pass import SecondLook
 from kvthrift.runtime.segments import cut_segments
-from kvthrift.runtime.step import Columns, Ints, Step
-from kvthrift.store import LayerStore
+from kvthrift.runtime.step import Columns, Ints, Step, on_device
+from kvthrift.store import LayerStore, entry_and_head_bytes
 
 _FLOAT_BYTES = 4
 
@@ -68,6 +69,7 @@ class CacheState:
         self._facts: dict[int, ModuleFacts] = {}  # of the pass in flight, for a compression of all layers at its end
         self._postponed = False  # this pass ends with a compression of all layers together
         self._weights: dict[int, Tensor] = {}
+        self._cascade = Cascade()
         self._mean: Tensor | None = None  # entries per head the weighed layers share, [B]
         self._step: Step | None = None
         self._next = 0
@@ -128,12 +130,19 @@ class CacheState:
         if self.recipe.reuse > 1:
             for layer in self.layers:
                 layer.chosen = None
+        self._write_late()
         if step.length > 1:
             self.meter.saw(self.held)
             keep = self.chunked or self.keeps_observations or self.recipe.trigger.every is not None
             for layer in self.layers:
                 layer.settle(keep_observations=keep)
             self.segments = self.segments if keep else None
+
+    def _write_late(self) -> None:
+        """Write in few bits what had to wait for the last layer."""
+        if self.recipe.codec is not None:
+            for layer in self.layers:
+                layer.rewrite(self)
 
     @property
     def broken(self) -> bool:
@@ -161,9 +170,12 @@ class CacheState:
 
     def per_head(self, view: LayerView, store: LayerStore) -> Tensor:
         """Entries per head that each sequence may hold on average, ``[B]`` int64."""
-        if self.recipe.budget is None:
-            return view.seen
-        return torch.tensor(self._room(store, view.seen.tolist()), device=view.keys.device)
+        return on_device(self.rooms(view, store)[1], view.keys.device)
+
+    def rooms(self, view: LayerView, store: LayerStore) -> tuple[Ints, Ints]:
+        """Tokens of each sequence so far, and entries per head that it may hold on average: ``[B]`` each."""
+        seen = view.known_seen or tuple(view.seen.tolist())
+        return np.asarray(seen, dtype=np.int64), np.asarray(self._room(store, list(seen)), dtype=np.int64)
 
     def _room(self, store: LayerStore, seen: list[int]) -> list[int]:
         """Entries per head that the budget comes to for sequences of so many tokens."""
@@ -171,9 +183,16 @@ class CacheState:
         if budget is None:
             return seen
         planes = len(plane_names(self.observes)) + int(self.recipe.merge.biased)
-        size = (shape.key_dim + shape.value_dim) * store.pool.keys.element_size() + _FLOAT_BYTES * (1 + planes)
+        form = None if self.recipe.codec is None else self.recipe.codec.format
+        size, fixed = entry_and_head_bytes(shape, store.dtype, self.page, form)
+        size += _FLOAT_BYTES * (1 + planes)
         heads = self.layer_count * shape.kv_heads * store.batch
-        return [budget.entries(n, heads=heads, entry_bytes=size, page=self.page) for n in seen]
+        return [budget.entries(n, heads=heads, entry_bytes=size, page=self.page, head_bytes=fixed) for n in seen]
+
+    @property
+    def early(self) -> bool:
+        """Whether a layer's numbers may be written in few bits before all layers are through: nothing cuts it again."""
+        return self.recipe.layers.scope == "layer"
 
     def _check_room(self, store: LayerStore, step: Step) -> None:
         """Refuse a prompt of which the budget could not hold what is protected, before anything has changed.
@@ -222,15 +241,9 @@ class CacheState:
         """Cut the layers before this one to what their weight is worth now."""
         if self.recipe.layers.scope != "model" or self._mean is None:
             return
-        totals = self._totals(self._mean, {})
-        for earlier in self.layers:
-            if (
-                earlier.index < layer.index
-                and not earlier.whole
-                and earlier.index in totals
-                and earlier.store is not None
-            ):
-                earlier.cut(self, torch.from_numpy(totals[earlier.index]).to(earlier.store.device))
+        heads = 0 if layer.store is None else layer.store.shape.kv_heads
+        budget = int(self._mean.sum()) * heads * self.layer_count
+        self._cascade.go_on(self, layer, self._totals(self._mean, {}), budget)
 
     def _totals(self, per_head: Tensor, lengths: dict[int, Ints]) -> dict[int, Ints]:
         found = sorted(self._weights)
@@ -238,13 +251,7 @@ class CacheState:
         known = {layer.index: layer for layer in self.layers if not layer.whole}
         caps = []
         for index in found:
-            store = known[index].store
-            held = (
-                np.zeros(len(per_head), dtype=np.int64)
-                if store is None
-                else -(-store.lengths.sum(axis=1) // store.shape.kv_heads)
-            )
-            caps.append(lengths.get(index, held))
+            caps.append(lengths[index] if index in lengths else self._cascade.held(known[index], len(per_head)))
         weights = [self._weights[index].to(device) for index in found]
         totals = layer_totals(weights, per_head, self.recipe.protect.entries, caps, self.layer_count)
         return dict(zip(found, totals, strict=True))
@@ -340,6 +347,7 @@ class CacheState:
         else:
             for layer, known in zip(self.layers, facts, strict=True):
                 layer.compress_now(self, known)
+        self._write_late()
         for layer in self.layers:
             layer.settle(keep_observations=recipe.trigger.every is not None)
             if layer.store is not None:
@@ -351,6 +359,11 @@ class CacheState:
         if self.recipe.compresses:
             raise RecipeError(
                 "entries were dropped already, so another recipe cannot choose among them. Start from 'full'."
+            )
+        if self.recipe.codec is not None:
+            raise RecipeError(
+                f"this cache keeps its entries in {self.recipe.codec.name}, so another recipe would begin with rounded "
+                "numbers. Read the context without a codec."
             )
         missed = unobserved(recipe.needs, self.observes)
         if missed:
@@ -387,7 +400,7 @@ class CacheState:
         other.layers = [layer.fork() for layer in self.layers]
         other.columns = self.columns.fork()
         other.meter, other.fixed = Meter(), None
-        other._weights = dict(self._weights)
+        other._weights, other._cascade = dict(self._weights), Cascade()
         return other
 
 

@@ -45,18 +45,18 @@ class Step:
     @cached_property
     def positions(self) -> Tensor:
         """``[B, length]`` int64 true positions of the packed columns."""
-        start = torch.from_numpy(self.start).to(self.device)
+        start = on_device(self.start, self.device)
         return start[:, None] + torch.arange(self.length, device=self.device)
 
     @cached_property
     def seen(self) -> Tensor:
         """``[B]`` int64 tokens of each sequence after this pass."""
-        return torch.from_numpy(self.start + self.counts).to(self.device)
+        return on_device(self.start + self.counts, self.device)
 
     @cached_property
     def real(self) -> Tensor:
         """``[B, length]`` bool: which packed columns are real."""
-        counts = torch.from_numpy(self.counts).to(self.device)
+        counts = on_device(self.counts, self.device)
         return torch.arange(self.length, device=self.device) < counts[:, None]
 
     def pack(self, x: Tensor) -> Tensor:
@@ -71,6 +71,15 @@ class Step:
             return x
         x = x.masked_fill(~self.real[:, None, :, None], 0.0)
         return torch.empty_like(x).scatter_(2, self.order[:, None, :, None].expand(x.shape), x)
+
+
+def on_device(numbers: Ints, device: torch.device) -> Tensor:
+    """The same numbers on a device, without waiting for what is under way there."""
+    if device.type != "cuda":
+        return torch.from_numpy(numbers).to(device)
+    if numbers.size and (numbers == numbers.flat[0]).all():
+        return torch.full(numbers.shape, int(numbers.flat[0]), device=device)
+    return torch.from_numpy(numbers).pin_memory().to(device, non_blocking=True)
 
 
 class Columns:
