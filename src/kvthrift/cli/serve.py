@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,6 +26,16 @@ def serve(
     option: o.Pairs = None,
     recipe: o.RecipeFile = None,
     budget: o.BudgetText = None,
+    every: o.Every = None,
+    chunks: Annotated[
+        bool, typer.Option("--chunks", help="Compress while a prompt is read, too: after every step that reads a part.")
+    ] = False,
+    groups: Annotated[
+        int | None,
+        typer.Option(
+            "--groups", min=1, help="For unequal layers: so many runs of neighbours, each with its layers' mean."
+        ),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare the scheduler's and the workers' counts at every step.")
     ] = False,
@@ -34,18 +44,20 @@ def serve(
     ] = False,
     debug: o.Debug = False,
 ) -> None:
-    """Start vLLM's server; each prompt, once read, gives most of its blocks back.
+    """Start vLLM's server; each prompt, once read, gives most of its blocks back, and its answer as it grows (--every).
 
     All other flags are vLLM's and are handed on to it (see its own --help).
     """
     check_version(installed())
     check_platform()
-    chosen = choose_recipe(name=method, options=option or [], file=recipe, budget=budget, every=None, merge=None)
-    asked = {"recipe": chosen.plain(), **({"check": True} if check else {})}
+    chosen = choose_recipe(name=method, options=option or [], file=recipe, budget=budget, every=every, merge=None)
+    asked: dict[str, Any] = {"recipe": chosen.plain()}
+    flags = {"chunks": chunks, "groups": groups, "check": check}
+    asked |= {key: value for key, value in flags.items() if value}
     settings = settings_for(model, asked)
     words = command(model, asked, context.args)
     console = Console(stderr=True)
-    console.print(f"[bold]kvthrift[/bold] in vLLM {installed()}: {settings.recipe}", soft_wrap=True)
+    console.print(f"[bold]kvthrift[/bold] in vLLM {installed()}: {settings}", soft_wrap=True, highlight=False)
     block = _block(context.args)
     for prompt in PROMPTS:
         whole, kept = outlook(settings, prompt, block)

@@ -8,11 +8,17 @@ from typing import Any
 import pytest
 
 import kvthrift
+from kvthrift.allocate import BudgetLayers
 from kvthrift.errors import BudgetError, KvthriftError, OptionError, RecipeError, UnsupportedModelError
 from kvthrift.integrations.vllm.contract import check_version
 from kvthrift.integrations.vllm.plan import Policy
-from kvthrift.integrations.vllm.serving import command
+from kvthrift.integrations.vllm.serving import command, outlook
 from kvthrift.integrations.vllm.settings import Settings, read_settings
+from kvthrift.recipe import Trigger
+
+LATE = kvthrift.method("keydiff", budget=64).with_options(trigger=Trigger(prompt=False, every=8))
+NEVER = LATE.with_options(trigger=Trigger(prompt=False))
+ONE_LAYER = kvthrift.method("snapkv", budget=64).with_options(layers=BudgetLayers((64, 64)))
 
 
 def read(asked: Any) -> Settings | None:
@@ -45,6 +51,31 @@ def test_a_recipe_file_and_its_contents(tmp_path: Path) -> None:
     assert policy({"recipe": recipe.plain(), "budget": 256}).entries == 256
 
 
+def test_when_it_is_seen_to() -> None:
+    often = policy({"method": "snapkv", "budget": 64, "every": 32, "chunks": True})
+    assert (often.at_end, often.every, often.chunk) == (True, 32, 2048)
+    recipe = kvthrift.method("keydiff", budget=64).with_options(trigger=Trigger(prompt=False, every=16))
+    late = policy({"recipe": recipe.plain()})
+    assert (late.at_end, late.every, late.chunk) == (False, 16, None)
+
+
+def test_unequal_layers_are_classes_with_the_mean_of_theirs() -> None:
+    found = read({"method": "pyramidkv", "budget": 256, "groups": 5})
+    assert found is not None
+    assert len(found.policies) == 30
+    assert len(found.classes) == 5
+    kept = [one.blocks(100_000, 16) for one in found.policies]
+    assert kept == sorted(kept, reverse=True)
+    assert [kept.count(n) for n in dict.fromkeys(kept)] == [6] * 5
+    assert 30 * 256 <= 16 * sum(kept) < 30 * (256 + 16)
+    assert [one.blocks(300, 16) for one in found.policies] == [16] * 30  # published: short prompts flatten it
+
+    listed = kvthrift.method("snapkv", budget=192, window=8).with_options(layers=BudgetLayers((256, 128) * 15))
+    asked = read({"recipe": listed.plain()})
+    assert asked is not None
+    assert [one.blocks(9_000, 16) for one in asked.policies] == [16, 8] * 15
+
+
 @pytest.mark.parametrize(
     ("asked", "error", "word"),
     [
@@ -52,9 +83,18 @@ def test_a_recipe_file_and_its_contents(tmp_path: Path) -> None:
         ({"method": "snapkv", "budget": 64, "windo": 3}, KvthriftError, "windo"),
         ({"method": "h2o", "budget": 64}, RecipeError, "column sums"),
         ({"method": "expected_attention", "budget": 64}, RecipeError, "query mean"),
-        ({"method": "cake", "budget": 64}, RecipeError, "layers unequal"),
+        ({"method": "cake", "budget": 64}, RecipeError, "never sees"),
         ({"method": "snapkv"}, RecipeError, "no budget"),
-        ({"method": "snapkv", "budget": 64, "every": 32}, RecipeError, "decoding"),
+        ({"method": "chunkkv", "budget": 64, "every": 32}, RecipeError, "one compression only"),
+        ({"method": "chunkkv", "budget": 64, "chunks": True}, RecipeError, "one compression only"),
+        ({"method": "snapkv", "budget": 64, "codec": "int8"}, RecipeError, "fewer bits"),
+        ({"method": "pyramidkv", "budget": 64}, OptionError, "groups"),
+        ({"method": "pyramidkv", "budget": 64, "groups": 4}, OptionError, "divide 30 layers: 1, 2, 3, 5, 6"),
+        ({"method": "pyramidkv", "budget": 64, "groups": "3"}, OptionError, "neighbouring"),
+        ({"method": "snapkv", "budget": 64, "groups": 3}, OptionError, "equal"),
+        ({"recipe": ONE_LAYER.plain()}, KvthriftError, "2 layers"),
+        ({"recipe": NEVER.plain()}, RecipeError, "never compresses"),
+        ({"recipe": LATE.plain(), "chunks": True}, RecipeError, "chunks would not"),
         ({"method": "snapkv", "budget": 64, "merge": "fold"}, RecipeError, "folds"),
         ({"method": "snapkv", "budget": 0}, BudgetError, "nothing"),
         ({"method": "snapkv", "budget": 8}, OptionError, "always keeps 32"),
@@ -64,11 +104,29 @@ def test_a_recipe_file_and_its_contents(tmp_path: Path) -> None:
         ({"recipe": "nowhere.toml"}, RecipeError, "nowhere"),
         ("snapkv", OptionError, "object"),
         ({"method": "snapkv", "budget": 64, "check": "yes"}, OptionError, "check"),
+        ({"method": "snapkv", "budget": 64, "chunks": 512}, OptionError, "chunks"),
     ],
 )
 def test_what_a_server_cannot_do_is_refused(asked: Any, error: type[Exception], word: str) -> None:
     with pytest.raises(error, match=word):
         read(asked)
+
+
+def test_what_a_start_says() -> None:
+    found = read({"method": "adakv", "budget": 512, "every": 64})
+    assert found is not None
+    assert str(found) == (
+        "adakv, 512 entries a head, in whole blocks, at the end of a prompt and every 64 decoded tokens"
+    )
+    assert outlook(found, 2048, 16) == (128, 32)
+    assert outlook(found, 300, 16) == (19, 19)
+    share = read({"method": "pyramidkv", "budget": "25%", "groups": 3, "chunks": True})
+    assert share is not None
+    assert str(share) == (
+        "pyramidkv, 25% of the prompt a head, 3 classes of layers, in whole blocks, at the end of a prompt and after "
+        "every step that reads a part of it"
+    )
+    assert outlook(share, 4096, 16) == (256, 65)  # a quarter, and each class rounded up to whole blocks
 
 
 def test_only_tested_versions_are_served() -> None:

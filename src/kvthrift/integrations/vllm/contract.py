@@ -29,6 +29,15 @@ PRIVATE: dict[str, tuple[str, ...]] = {
         "kv_cache_spec",
     ),
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks": ("request", "num_tokens"),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate": (
+        "request_id",
+        "num_tokens",
+        "apply_admission_cap",
+    ),
+    "vllm.v1.kv_cache_interface:FullAttentionSpec.max_memory_usage_bytes": ("vllm_config",),
+    "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec": (),
+    "vllm.v1.metrics.loggers:AggregateStatLoggerBase.record": ("scheduler_stats", "iteration_stats", "engine_idx"),
+    "vllm.v1.metrics.stats:FinishedRequestStats": ("num_prompt_tokens", "num_generation_tokens"),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": (
         "common_prefix_len",
         "common_attn_metadata",

@@ -5,26 +5,29 @@ Imported only inside vLLM.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm import _custom_ops as ops
 from vllm.config import get_current_vllm_config_or_none
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
 
-from kvthrift.errors import CacheStateError, UnsupportedModelError
+from kvthrift.errors import UnsupportedModelError
 from kvthrift.integrations.vllm import worker
-from kvthrift.integrations.vllm.compact import kept_tokens, prompt_view
-from kvthrift.integrations.vllm.cpu_ragged import Batch, RaggedRows
-from kvthrift.integrations.vllm.runner import rows, watch_runner
+from kvthrift.integrations.vllm.books import Book, Books
+from kvthrift.integrations.vllm.compact import kept_entries, request_view
+from kvthrift.integrations.vllm.cpu_pages import Pages
+from kvthrift.integrations.vllm.cpu_ragged import attend
+from kvthrift.integrations.vllm.plan import Plan
+from kvthrift.integrations.vllm.runner import asked_layer, layer_index, rows, unfinished, watch_layers, watch_runner
 from kvthrift.integrations.vllm.settings import Settings
-
-_DIGIT = 128  # numbers that even bfloat16 holds exactly
+from kvthrift.integrations.vllm.spec import compressed, freed
 
 
 class KvthriftCPUBuilder(CPUAttentionMetadataBuilder):
@@ -32,58 +35,48 @@ class KvthriftCPUBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.kvthrift = worker.settings_of(vllm_config) if hasattr(kv_cache_spec, "policy") else None
+        self.policy: Any = getattr(kv_cache_spec, "policy", None)
+        self.kvthrift = None if self.policy is None else worker.settings_of(vllm_config)
         if self.kvthrift is not None:
             watch_runner()
+            worker.say_once(self.kvthrift, self.block_size)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """As vLLM's; the metadata also says which prompts end in this step."""
+        """As vLLM's; the metadata also says what the step means for each request."""
         common, settings = common_attn_metadata, self.kvthrift
-        due: list[worker.Due] = []
         batch = rows() if settings is not None else None
-        if settings is not None and batch is not None:
-            starts = common.query_start_loc_cpu
-            new, lengths = (starts[1:] - starts[:-1]).tolist(), common.seq_lens.tolist()
-            count = min(len(batch.ids), common.num_reqs)
-            dropped, due = worker.read_rows(batch, new[:count], lengths[:count], self.block_size, settings)
-            if settings.check:
-                _check(common.block_table_tensor, dropped)
-            if dropped.any() and settings.recipe.heads.uniform:
-                dropped = torch.nn.functional.pad(dropped, (0, common.num_reqs - count))
-                table, seen = worker.shifted(common.block_table_tensor, common.seq_lens, dropped, self.block_size)
-                common = common.replace(block_table_tensor=table, seq_lens=seen)
-        found = super().build(common_prefix_len, common, fast_build)
-        found.kvthrift = due
-        if batch is not None and settings is not None and not settings.recipe.heads.uniform:
-            found.kvthrift_batch = Batch(
-                batch.ids, common.block_table_tensor, common.seq_lens, common.query_start_loc_cpu
-            )
-        return found
-
-
-def _check(table: Tensor, dropped: Tensor) -> None:
-    """What is read must never be a block that was given back (block 0, the null block)."""
-    for row, count in enumerate(dropped.tolist()):
-        if count and not bool(table[row, count]):
-            raise CacheStateError(
-                f"row {row} of a batch reads a block that the scheduler took back: the two do not agree on what was "
-                "dropped."
-            )
+        if settings is None or batch is None:
+            return super().build(common_prefix_len, common, fast_build)
+        count = min(len(batch.ids), common.num_reqs)
+        starts, lengths = common.query_start_loc_cpu[: count + 1].tolist(), common.seq_lens[:count].tolist()
+        found, dropped = worker.read_rows(batch, starts, lengths, self.block_size, self.policy)
+        step = worker.Step(found, common.block_table_tensor)
+        if settings.check:
+            worker.check_blocks(step, self.policy, self.block_size, partial(freed, self.policy))
+        if settings.recipe.heads.uniform and dropped.any():
+            dropped = torch.nn.functional.pad(dropped, (0, common.num_reqs - count))
+            table, seen = worker.shifted(common.block_table_tensor, common.seq_lens, dropped, self.block_size)
+            common = common.replace(block_table_tensor=table, seq_lens=seen)
+        metadata = super().build(common_prefix_len, common, fast_build)
+        metadata.kvthrift = step
+        return metadata
 
 
 class KvthriftCPUImpl(CPUAttentionBackendImpl):
-    """vLLM's kernel; after the step that ends a prompt, what each head keeps is moved into its last blocks."""
-
-    _orders: ClassVar[dict[Any, tuple[Tensor, Tensor]]] = {}
+    """vLLM's kernel; after a step that makes blocks superfluous, what each head keeps is moved into the last ones."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config_or_none()
         settings = None if config is None else worker.settings_of(config)
-        if settings is not None and self.sliding_window == -1:
-            _refuse(self)
+        if settings is not None:
+            from vllm.model_executor.layers.attention import Attention
+
+            watch_layers(Attention)
+            if self.sliding_window == -1:
+                _refuse(self)
         KvthriftCPUBackend.settings = settings
-        self.ragged = RaggedRows()
+        self.books = Books()
 
     def forward(
         self,
@@ -98,104 +91,91 @@ class KvthriftCPUImpl(CPUAttentionBackendImpl):
         **kwargs: Any,
     ) -> Any:
         """As vLLM's, then the moves."""
-        settings, batch = KvthriftCPUBackend.settings, getattr(attn_metadata, "kvthrift_batch", None)
-        if batch is not None and self.ragged.holds(batch):
-            out = self.ragged.attend(self, layer, query, kv_cache, batch, output)
+        settings, step = KvthriftCPUBackend.settings, getattr(attn_metadata, "kvthrift", None)
+        if settings is None or step is None:
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        if len(self.books) > len(step.rows):
+            self.books.close(unfinished(self.books.names))
+        books = [self.books.at(row.request, row.prompt, row.done) for row in step.rows]
+        if any(book.pages for book in books):
+            out = attend(self, layer, query, kv_cache, step, books, output)
         else:
             out = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-        if settings is not None:
-            for due in getattr(attn_metadata, "kvthrift", ()):
-                self._compact(settings, layer, query, kv_cache, attn_metadata, due)
+        for row, line, book in zip(step.rows, step.table, books, strict=False):
+            self._follow(settings, query, row, book)
+            if row.due:
+                pages = Pages(layer, kv_cache, self.kv_cache_dtype)
+                self._compact(settings, layer_index(layer.layer_name), pages, line.long(), row.after, book)
         return out
 
-    def _compact(
-        self, settings: Settings, layer: Any, query: Tensor, cache: Tensor, metadata: Any, due: worker.Due
-    ) -> None:
-        blocks, heads, size, double = cache.shape
-        dim, prompt, found = double // 2, due.prompt, due.plan
-        keys, values = cache.view(blocks, heads, size * 2, dim).chunk(2, dim=2)
-        own = metadata.block_table[due.row, : -(-prompt // size)].long()
-        k, v = (
-            self._plain(part[own], order, size)[:, :prompt]
-            for part, order in zip((keys, values), self._order(layer.isa, size, dim, cache.dtype), strict=True)
-        )
-        first = int(metadata.query_start_loc[due.row])
-        window = max(1, min(settings.recipe.needs.window, prompt - due.done))
-        last = query[first + prompt - due.done - window : first + prompt - due.done]
-        view = prompt_view(
-            k,
-            v,
-            last.view(window, -1, dim).transpose(0, 1),
-            scale=float(self.scale),
-            layer=_index(layer.layer_name),
-            layers=settings.layers,
-        )
-        kept = kept_tokens(settings.recipe, view, block=size, full=found.full, kept=found.kept)
-        pages = own[found.dropped : found.full]
-        if settings.recipe.heads.uniform:
-            index = torch.stack(kept)[..., None].expand(-1, -1, dim)
-            k, v = (part.gather(1, index).transpose(0, 1).contiguous() for part in (k, v))
-        else:  # a block [H, size, 2D] is H pages, and each head takes as many of them as it needs
-            k, v = (torch.cat([part[h, tokens] for h, tokens in enumerate(kept)])[:, None] for part in (k, v))
-            keys, values = cache.view(blocks * heads, 1, size * 2, dim).chunk(2, dim=2)
-            pages = (pages[:, None] * heads + torch.arange(heads)).flatten()
-            counts = [len(tokens) // size for tokens in kept]
-            self.ragged.remember(metadata.kvthrift_batch.ids[due.row], prompt, found.full, list(pages.split(counts)))
-        slots = (pages[:, None] * size + torch.arange(size)).view(-1)
-        ops.cpu_attn_reshape_and_cache(
-            k.contiguous(),
-            v.contiguous(),
+    def _follow(self, settings: Settings, query: Tensor, row: worker.Row, book: Book) -> None:
+        """Note that the row's new tokens are in the cache, and their queries if a scorer will ask for them."""
+        book.seen = row.length
+        window = settings.recipe.needs.window
+        if window and (settings.policy.every is not None or row.done < row.prompt):
+            behind = row.length - row.after.at if row.due else 0
+            book.see(query[row.first : row.first + row.length - row.done], window + behind)
+        else:
+            book.queries.clear()
+
+    def _compact(self, settings: Settings, index: int, pages: Pages, own: Tensor, found: Plan, book: Book) -> None:
+        """Choose what stays of a row, move it into the last of its full blocks, and note where each head's lies.
+
+        Args:
+            settings: of the server.
+            index: of the layer.
+            pages: its cache.
+            own: the row's blocks.
+            found: what becomes of them.
+            book: of the row.
+        """
+        recipe, size, heads = settings.recipe, pages.size, pages.heads
+        behind = own[book.full : -(-found.at // size)]
+        before = book.pages or pages.of(own[book.dropped : book.full])
+        keys, values = pages.read([torch.cat(both) for both in zip(before, pages.of(behind), strict=True)])
+        positions = book.positions_of(heads, size, found.at)
+        lengths = [len(head) for head in positions]
+        keys, values = ([head[:n] for head, n in zip(part, lengths, strict=True)] for part in (keys, values))
+        queries = book.before(found.at, recipe.needs.window) if book.queries else pages.no_queries(self.num_heads)
+        view = request_view(
             keys,
             values,
-            slots,
-            layer.isa,
-            k_scale=layer._k_scale_float,
-            v_scale=layer._v_scale_float,
-            kv_cache_dtype=self.kv_cache_dtype,
+            positions,
+            queries.transpose(0, 1),
+            seen=found.at,
+            scale=float(self.scale),
+            layer=index,
+            layers=settings.layers,
         )
-
-    @staticmethod
-    def _plain(stored: Tensor, order: Tensor, size: int) -> Tensor:
-        """Blocks as kernels keep them ``[n, H, size, D]`` -> tokens in order ``[H, n * size, D]``."""
-        n, heads, _, dim = stored.shape
-        tokens = stored.reshape(n, heads, size * dim)[..., order].view(n, heads, size, dim)
-        return tokens.transpose(0, 1).reshape(heads, n * size, dim)
-
-    @classmethod
-    def _order(cls, isa: Any, size: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Where in a block the kernels of this machine put each number: learnt by storing numbered tokens."""
-        known = (isa, size, dim, dtype)
-        if known not in cls._orders:
-            block = torch.zeros(1, 1, 2 * size, dim, dtype=dtype)
-            keys, values = block.chunk(2, dim=2)
-            numbers, slots = torch.arange(size * dim).view(size, 1, dim), torch.arange(size)
-            places: list[list[Tensor]] = [[], []]
-            for digit in (numbers // _DIGIT, numbers % _DIGIT):
-                x = digit.to(dtype)
-                ops.cpu_attn_reshape_and_cache(x, x, keys, values, slots, isa)
-                for found, part in zip(places, (keys, values), strict=True):
-                    found.append(part.reshape(-1).long())
-            cls._orders[known] = tuple((high * _DIGIT + low).argsort() for high, low in places)  # type: ignore[assignment]
-        return cls._orders[known]
+        kept = kept_entries(recipe, view, block=size, kept=found.kept)
+        counts = [len(head) // size for head in kept]
+        there = own[found.dropped : found.full]
+        target = pages.of(there) if recipe.heads.uniform else pages.shared_out(there, counts)
+        pages.write(target, *([part[h][kept[h]] for h in range(heads)] for part in (keys, values)))
+        book.full, book.dropped = found.full, found.dropped
+        book.pages = [] if recipe.heads.uniform else target
+        if settings.follows or settings.check:
+            book.positions = [head[chosen].int() for head, chosen in zip(positions, kept, strict=True)]
 
 
 def _refuse(impl: CPUAttentionBackendImpl) -> None:
-    """Refuse a layer whose logits are not plain: neither scores nor the kernel's unequal heads know of that.
+    """Refuse a layer whose attention is not plain: neither scores nor the kernel's unequal heads know of that.
 
     Raises:
         UnsupportedModelError: with what it has.
     """
-    has = {"a logit soft-cap": impl.logits_soft_cap, "ALiBi": impl.alibi_slopes, "learned sinks": impl.sinks}
-    found = [name for name, value in has.items() if value is not None and (isinstance(value, torch.Tensor) or value)]
+    has = {
+        "a logit soft-cap": impl.logits_soft_cap,
+        "ALiBi": impl.alibi_slopes,
+        "learned sinks": impl.sinks,
+        "another layer's cache": impl.kv_sharing_target_layer_name,
+        "attention to both sides or to an encoder": impl.attn_type != AttentionType.DECODER,
+    }
+    found = [name for name, value in has.items() if value is not None and (isinstance(value, Tensor) or value)]
     if found:
         raise UnsupportedModelError(
             f"this model's attention has {' and '.join(found)}, which kvthrift does not compress inside vLLM."
         )
-
-
-def _index(name: str) -> int:
-    """A layer's index among the model's layers, from its name."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
 class KvthriftCPUBackend(CPUAttentionBackend):
@@ -205,10 +185,8 @@ class KvthriftCPUBackend(CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Give full-attention layers the policy."""
-        from kvthrift.integrations.vllm.spec import compressed
-
-        return spec if cls.settings is None else compressed(spec, cls.settings.policy)
+        """Give full-attention layers their policy."""
+        return spec if cls.settings is None else compressed(spec, cls.settings, asked_layer)
 
     @staticmethod
     def get_impl_cls() -> type[KvthriftCPUImpl]:

@@ -78,6 +78,7 @@ def settings_for(model: str, asked: dict[str, Any]) -> Settings:
 
 
 def outlook(settings: Settings, prompt: int, block: int) -> tuple[int, int]:
-    """Blocks that a prompt of so many tokens takes, and those that it keeps while it is answered."""
+    """Blocks that a prompt of so many tokens takes, and those that it keeps at its end (on average over layers)."""
     whole = -(-prompt // block)
-    return whole, whole - plan(prompt, prompt, block, settings.policy).dropped
+    dropped = [plan(prompt, prompt, block, policy).dropped for policy in settings.policies]
+    return whole, whole - sum(dropped) // len(dropped)

@@ -5,21 +5,40 @@ Built on vLLM's registry of cache specs and on subclassing; imported only inside
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
+from weakref import WeakSet
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
-from kvthrift.integrations.vllm.plan import Policy, plan
+from kvthrift.integrations.vllm.layers import MOST
+from kvthrift.integrations.vllm.plan import Policy, plan, untouched
+from kvthrift.integrations.vllm.settings import Settings
+
+_managers: WeakSet[CompressedManager] = WeakSet()  # of this process, for checks
 
 
 class CompressedManager(FullAttentionManager):
-    """Gives back the leading blocks of a prompt once it is read, as a sliding window's manager does."""
+    """Gives back the leading blocks of a request once what they held is kept elsewhere, as a sliding window's does."""
 
-    def _dropped(self, prompt: int, settled: int) -> int:
-        return plan(prompt, settled, self.block_size, self.kv_cache_spec.policy).dropped
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _managers.add(self)
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
+    ) -> int:
+        """As vLLM's; a prompt that is compressed while it is read is let in with room for what it takes at most."""
+        found = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, *args, apply_admission_cap=apply_admission_cap, **kwargs
+        )
+        policy: Policy = self.kv_cache_spec.policy
+        if not apply_admission_cap or policy.chunk is None:
+            return found
+        return min(found, policy.reading(num_tokens, self.block_size))
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -27,15 +46,15 @@ class CompressedManager(FullAttentionManager):
         """Called with settled tokens only, before blocks are allocated."""
         if num_prompt_tokens is None:
             return
-        dropped = self._dropped(num_prompt_tokens, processed_computed_tokens)
-        if dropped:
-            self._remove_blocks_in_range(request_id, 0, dropped)
+        found = plan(num_prompt_tokens, processed_computed_tokens, self.block_size, self.kv_cache_spec.policy)
+        if found.dropped:
+            self._remove_blocks_in_range(request_id, 0, found.dropped)
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Publish only blocks that are never written over; what they hold is the whole prompt's beginning."""
-        dropped = self._dropped(request.num_prompt_tokens, request.num_prompt_tokens)
-        if dropped:
-            num_tokens = min(num_tokens, dropped * self.block_size)
+        """Publish only blocks that are never written over; what they hold is the request's beginning."""
+        safe = untouched(request.num_prompt_tokens, self.block_size, self.kv_cache_spec.policy)
+        if safe is not None:
+            num_tokens = min(num_tokens, safe * self.block_size)
             request.skip_reading_prefix_cache = True  # if it is preempted it is computed anew
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
@@ -49,12 +68,17 @@ class CompressedManager(FullAttentionManager):
         kv_cache_spec: Any,
         **kwargs: Any,
     ) -> Any:
-        """Never share blocks that this request will write over; its prompt has ``max_length + 1`` tokens."""
-        prompt, block = max_length + 1, kv_cache_spec.block_size
-        dropped = plan(prompt, prompt, block, kv_cache_spec.policy).dropped
+        """Never share blocks that this request will write over.
+
+        Its prompt's length is known to the block only: with several groups ``max_length`` is what the others found.
+        """
+        block, step = kv_cache_spec.block_size, block_pool.hash_block_size
+        least = len(block_hashes) * step
+        safe = [untouched(prompt, block, kv_cache_spec.policy) for prompt in range(max(least, 1), least + step)]
+        caps = [count * block for count in safe if count is not None]
         return super().find_longest_cache_hit(
             block_hashes=block_hashes,
-            max_length=min(max_length, dropped * block) if dropped else max_length,
+            max_length=min([max_length, *caps]),
             kv_cache_group_ids=kv_cache_group_ids,
             block_pool=block_pool,
             kv_cache_spec=kv_cache_spec,
@@ -62,13 +86,21 @@ class CompressedManager(FullAttentionManager):
         )
 
 
+def freed(policy: Policy, request: str) -> int | None:
+    """Leading blocks that the scheduler took back of a request; None if it lives in another process."""
+    for manager in _managers:
+        blocks = manager.req_to_blocks.get(request)
+        if blocks and manager.kv_cache_spec.policy == policy:
+            return next((count for count, block in enumerate(blocks) if not block.is_null), len(blocks))
+    return None
+
+
 KVCacheSpecRegistry._ensure_registered()  # a registry that is not empty never learns the built-in specs
 
 
-@register_kv_cache_spec(manager_class=CompressedManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class CompressedSpec(FullAttentionSpec):
-    """Full attention whose prompts are compressed under ``policy``."""
+    """Full attention whose requests are compressed under ``policy``."""
 
     policy: Policy
 
@@ -78,10 +110,38 @@ class CompressedSpec(FullAttentionSpec):
         assert all(spec == specs[0] for spec in specs), "layers with different policies are different groups"
         return specs[0]
 
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Bytes of the longest request."""
+        length = vllm_config.model_config.max_model_len
+        return self.policy.most(length, self.block_size) * self.page_size_bytes
 
-def compressed(spec: Any, policy: Policy) -> Any:
-    """A layer's spec with the policy; other kinds of layers (windows, latents, states) stay as they are."""
+
+def _kind(number: int) -> type[CompressedSpec]:
+    """A class of its own for each class of layers: vLLM puts those of one kind into one group."""
+    name = f"CompressedSpec{number}"
+    found: type[CompressedSpec] = dataclass(frozen=True, kw_only=True)(
+        type(name, (CompressedSpec,), {"__module__": __name__})
+    )
+    register_kv_cache_spec(manager_class=CompressedManager, uniform_type_base_spec=found)(found)
+    globals()[name] = found  # where pickle looks for it
+    return found
+
+
+KINDS = tuple(_kind(number) for number in range(MOST))
+
+
+def compressed(spec: Any, settings: Settings, layer: Callable[[], int]) -> Any:
+    """A layer's spec with its policy; other kinds of layers (windows, latents, states) stay as they are.
+
+    Args:
+        spec: what vLLM made of the layer.
+        settings: of the server.
+        layer: tells its index.
+    """
     if type(spec) is not FullAttentionSpec:
         return spec
+    if spec.sliding_window is not None or spec.attention_chunk_size is not None or spec.non_causal:
+        return spec
+    policy = settings.policies[layer()]
     given = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
-    return CompressedSpec(**given, policy=policy)
+    return KINDS[settings.classes.index(policy)](**given, policy=policy)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvthrift.errors import UnsupportedModelError
-from kvthrift.integrations.vllm.plan import Plan, plan
+from kvthrift.errors import CacheStateError, ModelMismatchError, UnsupportedModelError
+from kvthrift.integrations.transformers.facts import config_fingerprint
+from kvthrift.integrations.vllm.plan import Plan, Policy, plan, untouched
 from kvthrift.integrations.vllm.runner import Rows
 from kvthrift.integrations.vllm.settings import KEY, Settings, read_settings
 
@@ -17,20 +19,37 @@ _known: list[tuple[Any, Settings | None]] = []  # the newest config, and what it
 
 
 @dataclass(frozen=True)
-class Due:
-    """A row whose prompt ends in this step.
+class Row:
+    """A request in a step.
 
     Attributes:
-        row: in the batch.
-        done: tokens that were in the cache before.
+        request: its id.
         prompt: tokens of its prompt.
-        plan: what becomes of its blocks.
+        first: where its queries begin among the step's tokens.
+        done, length: tokens that are in the cache before the step and after it.
+        before, after: what was given back of its blocks by then.
     """
 
-    row: int
-    done: int
+    request: str
     prompt: int
-    plan: Plan
+    first: int
+    done: int
+    length: int
+    before: Plan
+    after: Plan
+
+    @property
+    def due(self) -> bool:
+        """Whether blocks are given back after this step, so that what is kept must be moved out of them."""
+        return self.after.dropped > self.before.dropped
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's requests, and their blocks ``[R, width]``, of which none is left out."""
+
+    rows: tuple[Row, ...]
+    table: Tensor
 
 
 def settings_of(config: Any) -> Settings | None:
@@ -50,12 +69,30 @@ def _read(config: Any) -> Settings | None:
         return None
     _refuse(config)
     model, parallel = config.model_config, config.parallel_config
-    return read_settings(
+    found = read_settings(
         extra,
         layers=model.get_num_layers(parallel),
         kv_heads=model.get_total_num_kv_heads(),
         entry_bytes=2 * model.get_head_size() * torch.empty((), dtype=model.dtype).element_size(),
+        step_tokens=config.scheduler_config.max_num_batched_tokens,
     )
+    if found is not None:
+        _check_calibration(found, config_fingerprint(model.hf_config))
+    return found
+
+
+def _check_calibration(settings: Settings, fingerprint: str) -> None:
+    """Refuse numbers that were measured on another model.
+
+    Raises:
+        ModelMismatchError: with both fingerprints.
+    """
+    for part in settings.recipe.parts:
+        if part.model and part.model != fingerprint:
+            raise ModelMismatchError(
+                f"recipe {settings.recipe.name}: {part.kind} {part.name!r} was calibrated for the model with "
+                f"fingerprint {part.model}, but this one has {fingerprint}. Calibrate for this one and give that file."
+            )
 
 
 def _refuse(config: Any) -> None:
@@ -71,6 +108,7 @@ def _refuse(config: Any) -> None:
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "tensor parallelism": parallel.tensor_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "asynchronous scheduling": bool(config.scheduler_config.async_scheduling),
         f"the KV cache dtype {config.cache_config.cache_dtype}": config.cache_config.cache_dtype
         not in ("auto", "bfloat16", "float16", "float32"),
     }
@@ -82,28 +120,34 @@ def _refuse(config: Any) -> None:
         )
 
 
+def say_once(settings: Settings, block: int) -> None:
+    """One line in vLLM's log when an engine starts."""
+    from vllm.logger import init_logger
+
+    init_logger("vllm.kvthrift").info_once("kvthrift: %s of %d tokens", str(settings), block)
+
+
 def read_rows(
-    batch: Rows, queries: list[int], lengths: list[int], block: int, settings: Settings
-) -> tuple[Tensor, list[Due]]:
-    """What a step means for each row.
+    batch: Rows, starts: list[int], lengths: list[int], block: int, policy: Policy
+) -> tuple[tuple[Row, ...], Tensor]:
+    """What a step means for each request.
 
     Args:
         batch: the requests.
-        queries: tokens that each reads in this step.
-        lengths: tokens of each after it.
+        starts: where each one's queries begin, and where the last one's end.
+        lengths: tokens of each after the step.
         block: tokens a block.
+        policy: of the layers that are asked about.
 
     Returns:
-        Blocks that each row has dropped already ``[rows]`` int32, and the rows whose prompt ends now.
+        The rows, and the blocks that each has given back before ``[rows]`` int32.
     """
-    dropped, due = [], []
-    for row, (prompt, new, length) in enumerate(zip(batch.prompts, queries, lengths, strict=False)):
-        done = length - new
-        dropped.append(plan(prompt, done, block, settings.policy).dropped)
-        end = plan(prompt, length, block, settings.policy)
-        if end.dropped and not dropped[-1]:
-            due.append(Due(row, done, prompt, end))
-    return torch.tensor(dropped, dtype=torch.int32), due
+    rows = []
+    for row, (request, prompt, length) in enumerate(zip(batch.ids, batch.prompts, lengths, strict=False)):
+        done = length - (starts[row + 1] - starts[row])
+        before, after = (plan(prompt, tokens, block, policy) for tokens in (done, length))
+        rows.append(Row(request, prompt, starts[row], done, length, before, after))
+    return tuple(rows), torch.tensor([row.before.dropped for row in rows], dtype=torch.int32)
 
 
 def shifted(table: Tensor, lengths: Tensor, dropped: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -111,3 +155,36 @@ def shifted(table: Tensor, lengths: Tensor, dropped: Tensor, block: int) -> tupl
     width = table.shape[1]
     columns = (torch.arange(width)[None, :] + dropped[:, None].long()).clamp_(max=width - 1)
     return table.gather(1, columns), lengths - dropped * block
+
+
+def check_blocks(step: Step, policy: Policy, block: int, freed: Callable[[str], int | None]) -> None:
+    """State what must hold before a step, on the worker's side and between both.
+
+    Args:
+        step: what is about to be read and written.
+        policy: of the layers that are asked about.
+        block: tokens a block.
+        freed: leading blocks that the scheduler has taken back of a request; None where it cannot be asked.
+
+    Raises:
+        CacheStateError: the two do not agree, or two requests hold a block that one of them may write to.
+    """
+    holders: dict[int, list[str]] = {}
+    written: set[int] = set()
+    for row, line in zip(step.rows, step.table.tolist(), strict=False):
+        taken = freed(row.request)
+        if taken is not None and taken != row.before.dropped:
+            raise CacheStateError(
+                f"request {row.request} has given {row.before.dropped} blocks back by the worker's count after "
+                f"{row.done} tokens, and {taken} by the scheduler's."
+            )
+        shared = untouched(row.prompt, block, policy)
+        for column in range(row.before.dropped, -(-row.length // block)):
+            if not line[column]:
+                raise CacheStateError(f"request {row.request} reads block 0, which nobody owns, in column {column}.")
+            holders.setdefault(line[column], []).append(row.request)
+            if shared is not None and column >= shared:
+                written.add(line[column])
+    for found in written:
+        if len(holders[found]) > 1:
+            raise CacheStateError(f"requests {holders[found]} all hold block {found}, which one of them writes to.")

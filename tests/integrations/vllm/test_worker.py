@@ -1,0 +1,97 @@
+"""What a step means for each request, and that a disagreement about it is noticed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kvthrift
+from kvthrift.allocate import BudgetLayers
+from kvthrift.errors import CacheStateError, ModelMismatchError
+from kvthrift.integrations.vllm.plan import Policy
+from kvthrift.integrations.vllm.runner import Rows, layer_index
+from kvthrift.integrations.vllm.settings import Settings
+from kvthrift.integrations.vllm.worker import Step, _check_calibration, check_blocks, read_rows, shifted
+
+BLOCK = 4
+POLICY = Policy(entries=8)
+
+
+def step_of(
+    prompts: list[int], news: list[int], lengths: list[int], table: list[list[int]], policy: Policy = POLICY
+) -> Step:
+    starts = [sum(news[:n]) for n in range(len(news) + 1)]
+    batch = Rows(tuple("abc"[: len(prompts)]), tuple(prompts))
+    rows, _ = read_rows(batch, starts, lengths, BLOCK, policy)
+    return Step(rows, torch.tensor(table))
+
+
+def test_rows_know_what_was_and_what_will_be_given_back() -> None:
+    batch = Rows(("a", "b", "c"), (20, 20, 9))
+    rows, dropped = read_rows(batch, [0, 20, 21, 22], [20, 25, 9], BLOCK, POLICY)
+    assert dropped.tolist() == [0, 3, 0]
+    assert [row.due for row in rows] == [True, False, False]
+    assert [(row.first, row.done, row.length) for row in rows] == [(0, 0, 20), (20, 24, 25), (21, 8, 9)]
+
+
+def test_a_kernel_sees_a_shorter_request() -> None:
+    lines, lengths = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]]), torch.tensor([15, 9])
+    table, seen = shifted(lines, lengths, torch.tensor([2, 0]), BLOCK)
+    assert table[0, :2].tolist() == [7, 8]
+    assert table[1].tolist() == [1, 2, 3, 4]
+    assert seen.tolist() == [7, 9]
+
+
+GOOD = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0]]
+
+
+def test_where_both_sides_agree_nothing_is_said() -> None:
+    step = step_of([20, 9], [1, 1], [22, 10], GOOD)
+    check_blocks(step, POLICY, BLOCK, {"a": 3, "b": 0}.get)
+    check_blocks(step, POLICY, BLOCK, lambda _: None)
+
+
+@pytest.mark.parametrize("freed", [0, 2, 4])
+def test_counts_that_differ_are_noticed(freed: int) -> None:
+    step = step_of([20, 9], [1, 1], [22, 10], GOOD)
+    with pytest.raises(CacheStateError, match=f"3 blocks back by the worker's count after 21 tokens, and {freed} by"):
+        check_blocks(step, POLICY, BLOCK, {"a": freed, "b": 0}.get)
+
+
+@pytest.mark.parametrize(
+    ("table", "word"),
+    [
+        ([[1, 2, 3, 0, 5, 6], GOOD[1]], "block 0"),  # a block that was given back is read
+        ([[1, 2, 3, 4, 5, 6], [7, 6, 9, 0, 0, 0]], "all hold block 6"),
+        ([[1, 2, 3, 7, 5, 6], GOOD[1]], "all hold block 7"),
+    ],
+)
+def test_blocks_that_another_request_holds_are_noticed(table: list[list[int]], word: str) -> None:
+    with pytest.raises(CacheStateError, match=word):
+        check_blocks(step_of([20, 9], [1, 1], [22, 10], table), POLICY, BLOCK, lambda _: None)
+
+
+def test_a_shared_beginning_is_no_fault_and_what_was_given_back_may_be_anybodys() -> None:
+    same = [[1, 2, 3, 4, 5], [1, 2, 3, 6, 7]]  # both prompts of 20 drop, and so share, the first three
+    check_blocks(step_of([20, 20], [4, 4], [20, 20], same), POLICY, BLOCK, lambda _: None)
+    often = replace(POLICY, chunk=8)  # no block of a prompt that is compressed while it is read may be shared
+    with pytest.raises(CacheStateError, match="all hold block 1"):
+        check_blocks(step_of([20, 20], [4, 4], [12, 12], same, often), often, BLOCK, lambda _: None)
+    given = [[9, 9, 9, 4, 5, 6], [7, 8, 9, 0, 0, 0]]
+    check_blocks(step_of([20, 9], [1, 1], [22, 10], given), POLICY, BLOCK, lambda _: None)
+
+
+def test_numbers_of_another_model_are_refused() -> None:
+    recipe = kvthrift.method("snapkv", budget=64).with_options(layers=BudgetLayers((64, 64), model="abc"))
+    settings = Settings(recipe, POLICY, (POLICY,) * 2)
+    _check_calibration(settings, "abc")
+    with pytest.raises(ModelMismatchError, match=r"abc.*def"):
+        _check_calibration(settings, "def")
+
+
+def test_a_layers_number() -> None:
+    assert layer_index("model.layers.17.self_attn.attn") == 17
+    with pytest.raises(kvthrift.errors.UnsupportedModelError, match="no number"):
+        layer_index("attention")
