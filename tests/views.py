@@ -15,7 +15,8 @@ from kvthrift.core import LayerView, QueryMoments, Rope, Signals
 from kvthrift.part import parts
 from kvthrift.recipe import Recipe
 from kvthrift.runtime.compress import choose
-from kvthrift.score import Scorer
+from kvthrift.score import LinearSurrogate, Scorer
+from kvthrift.score.surrogate import EXTRA, pack
 
 GARBAGE = 300.0
 
@@ -136,7 +137,9 @@ def kept(recipe: Recipe, view: LayerView, per_head: int) -> list[list[int]]:
 def scorers() -> list[Scorer]:
     """Every scorer of the package, with its default options."""
     found = [kind() for _, kind in sorted(parts()["scorer"].items()) if kind.__module__.startswith("kvthrift.")]
-    return [scorer for scorer in found if isinstance(scorer, Scorer)]
+    weights = torch.randn(8, 3, 2 * 8 + EXTRA, generator=torch.Generator().manual_seed(0))  # for views of 3 heads
+    fitted = LinearSurrogate(pack(weights), 8, 3)
+    return [fitted if scorer.name == fitted.name else scorer for scorer in found if isinstance(scorer, Scorer)]
 
 
 def top(scores: Tensor, count: int) -> set[int]:

@@ -52,6 +52,6 @@ def kvzap(
         return recipe.with_options(layers=PoolLayers())
     if budgets == "headkv":
         shares = load_named(heads, method="headkv", kind=IMPORTANCE)
-        table = tuple(tuple(x**skew for x in row) for row in importance(shares))
-        return recipe.with_options(heads=TableHeads(table, 1.01, protected=window, model=shares.meta.model))
+        steep = tuple(tuple(float(x**skew) for x in row) for row in importance(shares))
+        return recipe.with_options(heads=TableHeads(steep, 1.01, protected=window, model=shares.meta.model))
     return recipe.with_options(heads=AdaptiveHeads()) if budgets == "heads" else recipe

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvthrift.core import LayerView, Signals
-from kvthrift.errors import ModelMismatchError, OptionError
+from kvthrift.errors import CalibrationError, ModelMismatchError, OptionError
 from kvthrift.part import require
 from kvthrift.score.base import Scorer
 
@@ -79,6 +79,8 @@ class LinearSurrogate(Scorer, name="surrogate"):
     def score(self, view: LayerView) -> Tensor:
         if view.rope is None:
             raise ValueError("the runtime did not gather the rotary embedding that was declared")
+        if not self.weights:
+            raise CalibrationError("a surrogate without weights foretells nothing. Give a calibration.")
         number = view.numbers[view.layer] if view.numbers else view.layer
         table = unpack(self.weights, self.layers, self.heads)
         heads, sizes = view.keys.shape[1], view.keys.shape[-1] + view.values.shape[-1] + EXTRA
