@@ -2,11 +2,11 @@
 
     python benchmarks/compression.py --prompts 4096,8192 --budget 512
 
-One process, one model. Each text is read with transformers' own attention and cache (sdpa), then under every method,
-in turn, as many times as asked, after a turn that is not counted; medians. A share is the time that the cache says it
-spent compressing, over the sdpa prefill of the same turn, so that a machine whose speed changes between turns changes
-both. A method that looks twice has the whole reading beside that, as a multiple of one sdpa prefill, and without the
-first reading: the second pass itself. Random words; sablock's segments end at every 17th token.
+One process, one model. Each text is read with transformers' own attention and cache (sdpa), then under a few methods,
+then with sdpa again, and so on, as many turns as asked, after turns that are not counted; medians. A share is the time
+that the cache says it spent compressing, over the sdpa prefill before it, so that a machine whose speed changes between
+turns changes both. A method that looks twice has the whole reading beside that, as a multiple of one sdpa prefill, and
+without the first reading: the second pass itself. Random words; sablock's segments end at every 17th token.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from kvthrift.eval.provenance import commit
 from kvthrift.integrations.transformers.loading import load_model
 
 SEGMENT = 17
+EVERY = 3  # methods between two sdpa prefills
 
 
 def text(model: Any, tokens: int) -> Tensor:
@@ -70,18 +71,23 @@ def recipes(names: str, budget: str) -> dict[str, kvthrift.Recipe]:
     """The methods that compress; all by default."""
     chosen = names.split(",") if names else [name for name in kvthrift.methods() if name != "full"]
     own = {name: {} if kvthrift.method(name).layers.decides else {"budget": budget} for name in chosen}
-    return {name: kvthrift.method(name, **own[name]) for name in chosen}
+    found = {name: kvthrift.method(name, **own[name]) for name in chosen}
+    if "kvzip" in found:
+        found["kvzip, sees=chunk"] = kvthrift.method("kvzip", budget=budget, repeat=512, sees="chunk")
+    return found
 
 
-def measure(model: Any, ids: Tensor, arms: dict[str, kvthrift.Recipe], turns: int) -> list[str]:
+def measure(model: Any, ids: Tensor, arms: dict[str, kvthrift.Recipe], turns: int, warm: int) -> list[str]:
     """Lines of the table for one text."""
     base: list[float] = []
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in arms}
-    for turn in range(turns + 1):
-        for name, recipe in arms.items():
-            prefill = stock(model, ids)  # before each, so that both see the machine alike
+    prefill = 0.0
+    for turn in range(turns + warm):
+        for number, (name, recipe) in enumerate(arms.items()):
+            if number % EVERY == 0:  # again and again, so that both see the machine alike
+                prefill = stock(model, ids)
             seconds, whole = ours(model, ids, recipe)
-            if turn:
+            if turn >= warm:
                 base.append(prefill)
                 found[name].append((seconds, seconds / prefill, whole / prefill))
     lines = [f"| *sdpa prefill* | {ids.shape[1]} | {median(base):.3f} | | | |"]
@@ -99,6 +105,7 @@ def main(
     budget: str = "512",
     methods: Annotated[str, typer.Option(help="all by default")] = "",
     turns: int = 3,
+    warm: Annotated[int, typer.Option(help="turns before, not counted")] = 1,
     model: Annotated[str, typer.Option(help="the embedded one by default")] = "",
     dtype: str = "bfloat16",
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
@@ -111,7 +118,7 @@ def main(
         "|---|---:|---:|---:|---:|---:|",
     ]
     for tokens in map(int, prompts.split(",")):
-        lines += measure(net, text(net, tokens), recipes(methods, budget), turns)
+        lines += measure(net, text(net, tokens), recipes(methods, budget), turns, warm)
     where = torch.cuda.get_device_name() if net.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     about = (
         f"{model or 'SmolLM2-135M-Instruct'}, {dtype}, budget {budget}, {where}; torch {torch.__version__}, "
