@@ -118,9 +118,9 @@ def test_an_absurd_number_is_refused_or_honoured_and_never_a_crash(name: str, op
     assert value == value, "nan is no option's value"
     if value < 0:
         assert option.name == "seed", "nothing but a seed may be negative"
-    runs(fitted(recipe))
+    runs(fitted(recipe, dim=8))
 
 
 @pytest.mark.parametrize("name", [n for n in methods() if n != "full"])
 def test_a_method_runs_with_its_defaults(name: str) -> None:
-    runs(fitted(method(name, budget=64)))
+    runs(fitted(method(name, budget=64), dim=8))

@@ -37,12 +37,12 @@ def kvzap(
         budgets: the highest scores of the model (which holds the prompt's whole cache until the last layer); room by
             HeadKV's importance of every head, filled by these scores, which no paper has; the highest scores of each
             layer, or of each head.
-        heads: a calibration for headkv, as that method takes it; read for ``budgets="headkv"`` only.
+        heads: a calibration for headkv, as that method takes it; used for ``budgets="headkv"`` only.
         skew: the power that importance is raised to there.
     """
     require(skew > 0, f"skew={skew} must be above 0.")
     table = load_named(calibration, method="kvzap", kind=KIND)
-    meta = table.meta
+    meta, shares = table.meta, load_named(heads, method="headkv", kind=IMPORTANCE)
     recipe = Recipe(
         "kvzap",
         scorer=LinearSurrogate(pack(weights_of(table)), meta.layers, meta.kv_heads, meta.model),
@@ -51,7 +51,6 @@ def kvzap(
     if budgets == "pooled":
         return recipe.with_options(layers=PoolLayers())
     if budgets == "headkv":
-        shares = load_named(heads, method="headkv", kind=IMPORTANCE)
         steep = tuple(tuple(float(x**skew) for x in row) for row in importance(shares))
         return recipe.with_options(heads=TableHeads(steep, 1.01, protected=window, model=shares.meta.model))
     return recipe.with_options(heads=AdaptiveHeads()) if budgets == "heads" else recipe

@@ -17,7 +17,8 @@ import kvthrift
 
 MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "qwen3_moe", "gpt_neox", "gemma3", "cohere", "opt")
 UNCHECKED_ROPE = ("cohere", "opt")  # models whose rotary embedding kvthrift does not know ...
-NEEDS_ROPE = ("expected_attention",)  # ... and methods that ask for it
+NEEDS_ROPE = ("expected_attention",)  # ... methods that ask for it as they read ...
+TURNS_KEYS = ("kvzap",)  # ... and those that ask once they compress
 WHOLE = {"gemma3": (0, 2)}  # layers that are not compressed
 BATCH, PROMPT, ANSWER, BUDGET, PAGE = 2, 150, 64, 48, 16
 
@@ -84,8 +85,17 @@ HONOURED = [
     (name, method)
     for name in MODELS
     for method in kvthrift.methods()
-    if method != "full" and not (name in UNCHECKED_ROPE and method in NEEDS_ROPE)
+    if method != "full" and not (name in UNCHECKED_ROPE and method in (*NEEDS_ROPE, *TURNS_KEYS))
 ]
+
+
+@pytest.mark.parametrize("method", TURNS_KEYS)
+@pytest.mark.parametrize("name", UNCHECKED_ROPE)
+def test_an_unknown_rotation_is_refused_once_it_matters(name: str, method: str) -> None:
+    model = tiny(name)
+    past, _ = started(model, recipe(method, model.config, BUDGET), page=PAGE)
+    with pytest.raises(kvthrift.MissingSignalError, match="has not checked"):
+        generate(model, past, 2)
 
 
 @pytest.mark.parametrize(("name", "method"), HONOURED)
