@@ -12,7 +12,8 @@ from kvthrift.core import LayerView, Signals
 from kvthrift.kernels import best
 from kvthrift.part import Part, require
 
-_BLOCK = 4096
+_BLOCK = 4096  # tokens projected at a time
+_BLOCK_CPU = 1024  # there, what a core's cache holds
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,11 @@ class OutputAware(Refiner, name="output_aware"):
         _, h, t, dim = view.values.shape
         weight = view.output_weight.float().view(h, view.group, dim, -1)
         parts = []
-        for start in range(0, t, _BLOCK):
-            values = view.values[:, :, start : start + _BLOCK].float()
+        block = _BLOCK_CPU if view.values.device.type == "cpu" else _BLOCK
+        for start in range(0, t, block):
+            values = view.values[:, :, start : start + block].float()
             norms = [
-                (values @ weight[:, g]).abs().sum(dim=-1)  # [B, H, block]
+                (values @ weight[:, g]).abs_().sum(dim=-1)  # [B, H, block]
                 for g in range(view.group)
             ]
             parts.append(torch.stack(norms).mean(dim=0))
