@@ -50,11 +50,10 @@ def test_the_same_rows_as_one_by_one(tmp_path: Path, size: int) -> None:
     single = by_key(run(tmp_path / "single", made, Uneven()))
     assert together.keys() == single.keys()
     for key, row in together.items():
-        if "random" in key[3]:
-            continue  # draws once for the whole batch
         other = single[key]
         assert row["error"] is None
-        assert row["batch"] == min(size, 4)
+        assert row["batch"] == (1 if "random" in key[3] else min(size, 4))
+        assert row["recipe"] == other["recipe"]
         assert "batch" not in other
         same = ("answers", "score", "new_tokens", "entries", "full_entries", "full_bytes", "prompt", "prompt_tokens")
         assert {name: row[name] for name in same} == {name: other[name] for name in same}, key
@@ -124,7 +123,7 @@ def test_workers_take_batches(tmp_path: Path) -> None:
     wanted = by_key(run(tmp_path / "single", made, batch=2))
     found = by_key(run(tmp_path / "crew", made, batch=2, crew=Crew(2, ready)))
     assert {k: r["answers"] for k, r in found.items()} == {k: r["answers"] for k, r in wanted.items()}
-    assert {row["batch"] for row in found.values()} == {2}
+    assert {row["batch"] for row in found.values()} == {1, 2}
 
 
 def test_a_worker_that_dies_on_a_batch_costs_one_sample(tmp_path: Path) -> None:

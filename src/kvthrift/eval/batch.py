@@ -85,7 +85,7 @@ def joined(jobs: Iterator[Job], size: int) -> Iterator[Job | Batch]:
 class Together:
     """The rounds of a batch.
 
-    Arms are those of the first round: parts that draw by chance draw for the whole batch at once.
+    An arm that is another recipe in every round, since it draws by chance, is answered row by row from that reading.
     """
 
     rounds: Sequence[Round]
@@ -128,33 +128,40 @@ class Together:
     def _under(self, arm: Arm, prompts: list[Prompt], read: Read, mask: Tensor) -> Iterator[tuple[int, Row]]:
         """The rows that one arm lacks; none if it fails on the batch."""
         wanted = [number for number, arms in enumerate(self.left) if any(a.name == arm.name for a in arms)]
-        if not wanted:
-            return
-        parts = attempt(partial(self._parts, arm, prompts, read, mask))
-        if isinstance(parts, Failure):
-            return
-        for number in wanted:
-            self.left[number] = [a for a in self.left[number] if a.name != arm.name]
-            row = self.rounds[number].row(arm, [parts[number]], prompts[number])
-            yield number, {**row, "batch": len(self.rounds)}
+        own = {number: next(a for a in self.left[number] if a.name == arm.name) for number in wanted}
+        alike = all(one.recipe == arm.recipe for one in own.values())
+        groups = [list(range(len(self.rounds)))] if alike else [[number] for number in wanted]
+        for group in groups if wanted else []:
+            parts = attempt(partial(self._parts, own.get(group[0], arm), group, prompts, read, mask))
+            if isinstance(parts, Failure):
+                continue
+            for number, part in zip(group, parts, strict=True):
+                if number in own:
+                    self.left[number].remove(own[number])
+                    row = self.rounds[number].row(own[number], [part], prompts[number])
+                    yield number, {**row, "batch": len(group)}
 
-    def _parts(self, arm: Arm, prompts: list[Prompt], read: Read, mask: Tensor) -> list[Part]:
-        bench, count = self.rounds[0].bench, len(prompts)
-        cache = read.cache.compressed(arm.recipe)
+    def _parts(self, arm: Arm, group: list[int], prompts: list[Prompt], read: Read, mask: Tensor) -> list[Part]:
+        """What an arm does on these rows of the batch, all of them or one."""
+        bench, count = self.rounds[0].bench, len(group)
+        whole = read.cache if count == len(prompts) else only(read.cache, group[0])
+        mask, logits = mask[group], read.logits[group]
+        prompts, rounds = [prompts[number] for number in group], [self.rounds[number] for number in group]
+        cache = whole.compressed(arm.recipe)
         compression = cache.report().compression_seconds
-        sizes = [held(only(cache, number)) for number in range(count)]
-        began, logits = clock(bench.model), read.logits
+        sizes = [held(only(cache, row)) for row in range(count)]
+        began = clock(bench.model)
         asks = [prompt.readings[0].asks[0].ids for prompt in prompts]
         if any(asks):
             ids, more = padded(asks, bench.model.device)
             mask = torch.cat((mask, more), dim=1)
             logits = feed(bench.model, cache, ids, mask)
         asked = clock(bench.model)
-        limits = [one.sample.turns[0].max_new_tokens for one in self.rounds]
+        limits = [one.sample.turns[0].max_new_tokens for one in rounds]
         answers, steps = say(bench, cache, logits, mask, limits)
-        seconds = {"prefill_seconds": read.seconds, "question_seconds": asked - began}
-        seconds |= {"compression_seconds": compression}
+        seconds = {"question_seconds": asked - began, "compression_seconds": compression}
         shares = {name: value / count for name, value in seconds.items()}
+        shares["prefill_seconds"] = read.seconds / len(self.rounds)
         step = tuple(value / count for value in steps)
         costs = [Cost(size, alone=False, peak_bytes=None, step_seconds=step, **shares) for size in sizes]
         return [Part(cost, {}, {0: answer}, {}, {}) for cost, answer in zip(costs, answers, strict=True)]
