@@ -73,7 +73,7 @@ def compact(found: Sequence[Table], budgets: Sequence[str]) -> str:
     """Methods as rows, budgets and ways to ask as columns, means over tasks; those that find their own budget last."""
     columns = [(by_arm(table), table.question, budget) for budget in budgets for table in reversed(found)]
     body = [["bytes held", *(held([x for (n, b), x in lines.items() if b == size]) for lines, _, size in columns)]]
-    for method in methods():
+    for method in [*methods(), *sorted({name for lines, *_ in columns for name, _ in lines} - set(methods()))]:
         cells = [lines.get((method, "all" if method == "full" else size)) for lines, _, size in columns]
         if any(cells):
             body.append([named(method), *("-" if line is None else cell(line.cells[ALL]) for line in cells)])
@@ -136,6 +136,7 @@ def main(
     physics: Annotated[bool, typer.Option(help="look up what eviction did, too")] = False,
     commit: Annotated[str, typer.Option(help="where there is no git to ask")] = "",
     data: Annotated[str, typer.Option(help="folder of local data sets, for tasks that need one")] = "",
+    recipes: Annotated[str, typer.Option(metavar="A.toml,B.toml,...", help="recipes beside the methods")] = "",
 ) -> None:
     """Run the grid, or go on with it, and print its tables."""
     if not model:
@@ -144,7 +145,7 @@ def main(
         "--out": out / "run", "--methods": chosen or ",".join(methods()), "--budgets": budgets, "--tasks": tasks,
         "--samples": samples, "--length": length, "--question": question, "--max-new-tokens": max_new_tokens,
         "--workers": workers, "--batch": batch, "--model": model, "--dtype": dtype, "--device": device, "--seed": seed,
-        "--data": data,
+        "--data": data, "--recipes": recipes,
     }  # fmt: skip
     given = [str(part) for word, value in words.items() if value not in ("", 0) for part in (word, value)]
     given += ["--alone", "0", "--snapshots", "0"]

@@ -119,7 +119,7 @@ def _shared(name: str, attention: str, seed: int) -> PreTrainedModel:
 
 def build(made: PreTrainedConfig, attention: str = "kvthrift", *, seed: int = 0) -> PreTrainedModel:
     """A model of that config with random weights, nobody else's."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation=attention)
     model.generation_config.pad_token_id = 0

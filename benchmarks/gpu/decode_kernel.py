@@ -137,8 +137,9 @@ def check_coded(q: Tensor, paged: Paged, out: Tensor) -> None:
         k[-1], v[-1] = paged.keys[row].double(), paged.values[row].double()
         k, v = k.reshape(-1, DIM)[:length], v.reshape(-1, DIM)[:length]
         wanted = (folded[row] @ k.T * SCALE).softmax(-1) @ v
-        off = float((found[row] - wanted).norm() / wanted.norm())
-        assert off < 2e-2, f"row {row} of {coded.format.name} is off by {off:.1%}"
+        # An average of many random values is small: what it is off by is told by the size of one value.
+        off = float((found[row] - wanted).square().mean().sqrt() / v.square().mean().sqrt())
+        assert off < 5e-4, f"row {row} of {coded.format.name} is off by {off:.2%} of a value"
 
 
 def coded_us(
@@ -204,7 +205,7 @@ def formats_table(names: str, shapes: str, repeats: int, sweep: bool, peak: floa
     for shape in filter(None, shapes.split(",")):
         batch, length = SHAPES[shape]
         lengths = torch.full((batch, HEADS), length)
-        plain = ours(lengths, repeats, [(0, 0, 2)])[0, 0, 2]
+        plain = ours(lengths, repeats, [(0, 0, 0)])[0, 0, 0]
         for name in filter(None, names.split(",")):
             kind = parts()["codec"][name]
             assert issubclass(kind, Codec)
@@ -236,8 +237,8 @@ def small_sweep(repeats: int) -> None:
         lengths = torch.full((batch, HEADS), length)
         pages = HEADS * -(-length // PAGE)
         programs = sorted({0, *(n for n in (32, 64, 128, 132, 256, 264, 512, 528, 1024) if n <= pages)})
-        found = ours(lengths, repeats, [(0, 0, 2), *product(programs, (1, 2, 4), (1, 2, 3, 5))])
-        show(f"{shape}, as it is {found[0, 0, 2]:.1f} us:", found)
+        found = ours(lengths, repeats, [(0, 0, 0), *product(programs, (1, 2, 4), (1, 2, 3, 5))])
+        show(f"{shape}, as it is {found[0, 0, 0]:.1f} us:", found)
 
 
 def skewed(batch: int, length: int, skew: int) -> Tensor:
@@ -267,7 +268,7 @@ def main(
         "| entries a head | MB | cuDNN us | flash us | pages us | of copy | ragged 20:1 us | ragged / even |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    settings = [(0, 0, 2), *(product((0, 132, 264, 528, 1056, 2112), (2, 4), (2, 3, 5)) if sweep else ())]
+    settings = [(0, 0, 0), *(product((0, 132, 264, 528, 1056, 2112), (2, 4), (2, 3, 5)) if sweep else ())]
     for name in filter(None, shapes.split(",")):
         batch, length = SHAPES[name]
         size = batch * HEADS * length * DIM * 4

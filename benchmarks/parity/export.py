@@ -28,10 +28,18 @@ TASKS = "ruler.niah_single_2,ruler.niah_multikey_1,ruler.niah_multivalue,niah.nu
 
 
 def lines(
-    task: Task, tokenizer: PreTrainedTokenizerBase, ends: list[int], *, length: int, count: int, seed: int, limit: int
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    limit: int,
+    data: Path | None,
 ) -> Iterator[dict[str, Any]]:
     """What is asked of each sample of a task, one line a question."""
-    for sample in task.samples(PlainTokenizer(tokenizer), length=length, count=count, seed=seed, data=None):
+    for sample in task.samples(PlainTokenizer(tokenizer), length=length, count=count, seed=seed, data=data):
         cut = shortened(sample, limit) if limit else sample
         prompt = build_prompt(tokenizer, cut, visible=False)
         (reading,) = prompt.readings
@@ -57,13 +65,16 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(help="answers are cut there; 0 for the tasks' own limits")] = 48,
     model: Annotated[str, typer.Option(help="the embedded one by default")] = "",
     seed: int = 0,
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="local data sets")] = None,
 ) -> None:
     """Write the samples of a grid; options are those of `kvthrift eval`."""
     net, tokenizer = load_model(model or None)
     ends = sorted(ends_of(net, tokenizer))
     with out.open("w", encoding="utf-8") as file:
         for task in find(tasks.split(",")):
-            for line in lines(task, tokenizer, ends, length=length, count=samples, seed=seed, limit=max_new_tokens):
+            for line in lines(
+                task, tokenizer, ends, length=length, count=samples, seed=seed, limit=max_new_tokens, data=data
+            ):
                 file.write(json.dumps(line) + "\n")
 
 

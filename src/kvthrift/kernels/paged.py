@@ -23,6 +23,7 @@ from kvthrift.kernels.codes import Coded, Format, groups
 
 _LARGEST_DIM = 256
 _LONGEST_RUN = 32  # pages that one program reads where there are many
+_SHORT_RUN = 4  # pages that one program reads where there are few, and yet a program for every multiprocessor
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class ReadPlan:
         programs: equal runs that the pages of all rows are cut into.
         even: every row is as long as the first, so that nothing need be summed up; where ``programs`` is a multiple
             of the rows, each row is cut by itself.
+        few: at most two programs for a multiprocessor, each of which had better have many pages on their way.
         parts: ``[programs + rows, queries, Dv]`` float32 scratch.
         lses: ``[programs + rows, queries]`` float32 scratch.
         arrived: ``[rows]`` int32, all zero between reads.
@@ -74,6 +76,7 @@ class ReadPlan:
 
     programs: int
     even: bool
+    few: bool
     parts: Tensor
     lses: Tensor
     arrived: Tensor
@@ -108,14 +111,15 @@ def plan_read(
         even: all rows are, and will be, equally long.
         programs: or 0, chosen from the device's multiprocessors.
     """
+    each = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     if not programs:
-        full = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-        run = max(1, min(_LONGEST_RUN, -(-pages // full)))
+        run = max(1, min(_LONGEST_RUN, max(-(-pages // (2 * each)), min(_SHORT_RUN, pages // each))))
         programs = rows * -(-pages // (rows * run)) if even and rows else -(-pages // run)
     programs = max(programs, 1)
     return ReadPlan(
         programs,
         even,
+        programs <= 2 * each,
         torch.empty(programs + rows, queries, value_dim, dtype=torch.float32, device=device),
         torch.empty(programs + rows, queries, dtype=torch.float32, device=device),
         torch.zeros(rows, dtype=torch.int32, device=device),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _LOG2E = 1.4426950408889634
 _JOINED = 8192  # numbers of several parts that are joined at once
+_DEEP = 5  # pages on their way at once where programs are too few to hide each other's waiting
 _LOG2E_CONST = tl.constexpr(_LOG2E)
 
 
@@ -127,7 +128,7 @@ def _read(
 
 
 def read(
-    q: Tensor, paged: Paged, scale: float, plan: ReadPlan | None, *, warps: int = 0, stages: int = 2
+    q: Tensor, paged: Paged, scale: float, plan: ReadPlan | None, *, warps: int = 0, stages: int = 0
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvthrift.kernels.paged.paged_attend`; ``warps`` and ``stages`` are for measuring."""
     from kvthrift.kernels.paged import plan_read
@@ -141,6 +142,7 @@ def read(
     lse = torch.empty(b, heads, length, dtype=torch.float32, device=q.device)
     bias = paged.bias
     tall, deep = max(16, triton.next_power_of_2(queries)), max(16, triton.next_power_of_2(dim))
+    stages = stages or (min(_DEEP, _room(paged)) if plan.few else 2)
     grouped, wide = triton.next_power_of_2(queries), max(16, triton.next_power_of_2(value_dim))
     _read[(plan.programs,)](
         q.contiguous(), paged.keys, paged.values, paged.keys if bias is None else bias, paged.table, paged.lengths,
@@ -152,3 +154,13 @@ def read(
         num_warps=warps or (2 if q.element_size() == 2 and max(deep, wide) * tall <= 128 * 16 else 4),
     )  # fmt: skip
     return out, lse
+
+
+def _room(paged: Paged) -> int:
+    """Pages, of keys and values, that fit into a multiprocessor's shared memory."""
+    page = paged.page * (paged.keys.shape[-1] + paged.values.shape[-1]) * paged.keys.element_size()
+    if not paged.keys.is_cuda:
+        return _DEEP
+    device = torch.cuda.get_device_properties(paged.keys.device)
+    held = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
+    return max(2, int(held) * 7 // 8 // page)
