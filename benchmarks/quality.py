@@ -11,6 +11,7 @@ network. Writes FOLDER/run (rows), FOLDER/report.md (every table there is) and F
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -117,6 +118,18 @@ def written(run: Run, found: Sequence[Table], budgets: Sequence[str]) -> tuple[s
     return main, "\n\n".join(f"By task, question {table.question}:\n\n{by_task(table)}" for table in found) + "\n"
 
 
+def evaluate(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status and output of a process that is interrupted, not left behind, when this one is ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            report = process.communicate()[0]
+        except BaseException:
+            process.send_signal(signal.SIGINT)
+            raise
+    return process.returncode, report
+
+
 def main(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="where rows and tables go")],
     chosen: Annotated[str, typer.Option("--methods", metavar="A,B,...", help="all by default")] = "",
@@ -152,12 +165,10 @@ def main(
     given += ["--no-agreement"] * (not agreement) + ["--no-physics"] * (not physics)
     environment = {**os.environ, **({"KVTHRIFT_COMMIT": commit} if commit else {})}
     out.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "kvthrift", "eval", *given], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        raise typer.Exit(done.returncode)
-    (out / "report.md").write_text(done.stdout, encoding="utf-8")
+    code, report = evaluate([sys.executable, "-m", "kvthrift", "eval", *given], environment)
+    if code:
+        raise typer.Exit(code)
+    (out / "report.md").write_text(report, encoding="utf-8")
     run = read_run(out / "run")
     shown, more = written(run, tables(run), budgets.split(","))
     (out / "quality.md").write_text(f"{shown}\n{more}", encoding="utf-8")
