@@ -107,6 +107,13 @@ def rounding(model: Any) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
+def fusing(mode: str) -> bool | dict[str, Any]:
+    """What ``compiled=`` gets: a mode, and options that are switched on: ``MODE+triton.enable_pdl+combo_kernels``."""
+    name, *switches = mode.split("+")
+    options = dict(torch._inductor.list_mode_options(name)) if name else {}
+    return {**options, **dict.fromkeys(switches, True)} or True
+
+
 @torch.inference_mode()
 def measure(model: Any, name: str, peak: float, repeats: int, noise: float, *, compiled: bool, mode: str) -> str:
     """A row of the table."""
@@ -128,7 +135,7 @@ def measure(model: Any, name: str, peak: float, repeats: int, noise: float, *, c
             cache = filled(model, batch, kept, seen, ragged=False)
             wanted = model(input_ids=token, past_key_values=cache.fork(), use_cache=True).logits[:, -1].float()
         for fused in (False, True) if compiled else (False,):
-            steps = GraphSteps(model, cache, repeats + 8, compiled=mode or True if fused else False)
+            steps = GraphSteps(model, cache, repeats + 8, compiled=fusing(mode) if fused else False)
             found = steps.step(token[:, 0]).float()
             error = (found - wanted).abs().max() / wanted.abs().max()
             print(f"{name}, ragged {ragged}, fused {fused}: logits differ by {error:.2%}", flush=True)
@@ -165,7 +172,7 @@ def main(
     cases: str = ",".join(CASES),
     layers: int = LAYERS,
     compiled: Annotated[bool, typer.Option(help="also fuse elementwise parts by torch.compile")] = True,
-    mode: Annotated[str, typer.Option(help="of torch.compile")] = "",
+    mode: Annotated[str, typer.Option(help="of torch.compile, and options behind +")] = "",
     out: Annotated[Path | None, typer.Option(help="append the Markdown here")] = None,
 ) -> None:
     """Measure this GPU."""

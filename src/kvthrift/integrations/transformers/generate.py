@@ -25,7 +25,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from kvthrift.errors import ContextError, OptionError
 from kvthrift.integrations.transformers.cache import Cache
 from kvthrift.integrations.transformers.delimiters import delimiter_ids
-from kvthrift.integrations.transformers.graph import GraphSteps, GraphUnavailableError, obstacle
+from kvthrift.integrations.transformers.graph import Fusing, GraphSteps, GraphUnavailableError, obstacle
 
 _LOG = logging.getLogger("kvthrift")
 _MOST_ROOM = 512  # steps whose pages are taken ahead
@@ -38,7 +38,7 @@ def generate(
     cache: Cache,
     *,
     graph: bool = True,
-    compiled: bool | str = False,
+    compiled: Fusing = False,
     streamer: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     delimiters: Collection[int] | None = None,
@@ -56,7 +56,7 @@ def generate(
         cache: empty, or from :func:`kvthrift.prefill`, or a fork.
         graph: record steps at all.
         compiled: fuse the model's elementwise operations with ``torch.compile`` before recording: slow once, faster
-            ever after. Or the name of one of its modes, such as ``"max-autotune-no-cudagraphs"``.
+            ever after. Or the name of one of its modes, such as ``"max-autotune-no-cudagraphs"``, or its options.
         streamer: gets each token as it comes.
         tokenizer: the model's; recipes that look at the text's segments (``sablock``) find its punctuation with it. It
             is handed on to ``model.generate``, too.
@@ -102,7 +102,7 @@ class _Loop:
     """Greedy or sampled decoding, a token a step."""
 
     def __init__(
-        self, *, graph: bool, compiled: bool | str, streamer: Any, delimiters: Collection[int] | None = None
+        self, *, graph: bool, compiled: Fusing, streamer: Any, delimiters: Collection[int] | None = None
     ) -> None:
         self.graph, self.compiled, self.streamer, self.delimiters = graph, compiled, streamer, delimiters
         self.steps: GraphSteps | None = None

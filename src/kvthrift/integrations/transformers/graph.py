@@ -7,7 +7,7 @@ device, so a replay needs nothing from the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from kvthrift.integrations.transformers.cache import Cache, CacheLayer
 from kvthrift.runtime.fixed import FixedSteps
 
 _WARM_UP = 2
+Fusing = bool | str | Mapping[str, Any]
 
 
 class GraphUnavailableError(Exception):
@@ -47,13 +48,13 @@ class GraphSteps:
         cache: it has read the prompt.
         room: steps for which pages are taken now; no more can be replayed.
         compiled: fuse the model's elementwise operations by ``torch.compile`` first (takes a while, once a model); or
-            the name of a mode of ``torch.compile`` without graphs of its own.
+            the name of a mode of ``torch.compile`` without graphs of its own; or options for it by name.
 
     Raises:
         GraphUnavailableError: the step cannot be recorded. The cache is as it was, but for the pages taken.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: Cache, room: int, *, compiled: bool | str = False) -> None:
+    def __init__(self, model: PreTrainedModel, cache: Cache, room: int, *, compiled: Fusing = False) -> None:
         why = obstacle(model, cache)
         if why is not None:
             raise GraphUnavailableError(why)
@@ -117,10 +118,11 @@ class GraphSteps:
         self.graph.reset()
 
 
-def _fused(model: PreTrainedModel, mode: bool | str) -> Callable[..., Any]:
+def _fused(model: PreTrainedModel, how: Fusing) -> Callable[..., Any]:
     """The model's forward pass, compiled in pieces between attention and attention."""
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    compiled = torch.compile(model.__call__, dynamic=False, mode=mode if isinstance(mode, str) else None)
+    mode, options = how if isinstance(how, str) else None, dict(how) if isinstance(how, Mapping) else None
+    compiled = torch.compile(model.__call__, dynamic=False, mode=mode, options=options)
 
     def forward(**kwargs: Any) -> Any:
         # a module's number is part of its code to the compiler, so each layer is compiled by itself
