@@ -29,7 +29,7 @@ def copied(paged: Paged) -> Paged:
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=["ragged", "even"])
 @pytest.mark.parametrize("group", [1, 4, 7])
-@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 64), (128, 128)])
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 64), (128, 128), (256, 256)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", sorted(FORMS))
 def test_reading_is_what_the_naive_twin_reads(
@@ -44,7 +44,7 @@ def test_reading_is_what_the_naive_twin_reads(
     torch.testing.assert_close(found.lse, wanted.lse, atol=2e-2, rtol=1e-3)
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 64), (128, 128)])
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 64), (128, 128), (96, 144), (256, 256)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", sorted(FORMS))
 def test_appending_is_what_the_naive_twin_appends(name: str, dtype: torch.dtype, dims: tuple[int, int]) -> None:

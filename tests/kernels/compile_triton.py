@@ -5,6 +5,12 @@ The interpreter accepts programs that the compiler does not.
 
 from __future__ import annotations
 
+import re
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -12,49 +18,93 @@ from triton.compiler import ASTSource
 from kvthrift.kernels.triton import append_coded, read_coded
 from kvthrift.kernels.triton.append import _append
 from kvthrift.kernels.triton.read import _read
+from kvthrift.kernels.triton.tiles import PRECISION
+from kvthrift.kernels.triton.top_pages import _page_scores
 
 TARGET = GPUTarget("cuda", 90, 32)
+POSITIONS = {"position_ptr": "*i32", "query_position_ptr": "*i32", "window": "i32", "cap": "fp32"}
 
 
-def compile_kernel(kernel: object, types: dict[str, str], constants: dict[str, object], warps: int = 4) -> None:
-    source = ASTSource(fn=kernel, signature={**types, **dict.fromkeys(constants, "constexpr")}, constexprs=constants)
-    triton.compile(source, target=TARGET, options={"num_warps": warps})
+def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, object], warps: int = 4) -> bytes:
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    constants = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return bytes(
+        triton.compile(
+            source, target=TARGET, options={"num_warps": warps, "launch_pdl": bool(constants.get("EARLY"))}
+        ).asm["cubin"]
+    )
+
+
+def stack(binary: bytes) -> int:
+    """Bytes of a thread's stack: what its registers did not hold."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(binary)
+        said = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"STACK:(\d+)", said)[0])
+
+
+def sight(seen: bool, steps: int) -> dict[str, object]:
+    """Constants of what queries see: all of it, or their own within a window, logits capped."""
+    return {"CAUSAL": seen, "WINDOWED": seen, "CAPPED": seen, "STEPS": steps if seen else 1, "HEADS": 8 if seen else 1}
 
 
 def compile_coded(bits: int, floating: bool, dtype: str, dim: int, bias: bool) -> None:
     planes = 8 // bits
-    wide = triton.next_power_of_2(dim // planes)
+    many = 2 if dim > 128 else 1
+    deep, wide = (triton.next_power_of_2(dim // n) for n in (planes, max(planes, many)))
     model = {f"{name}_ptr": f"*{dtype}" for name in ("q", "tail_k", "tail_v", "out")}
     codes = {"k_ptr": "*u8", "v_ptr": "*u8"}
     marks = {f"{name}_ptr": "*fp16" for name in ("k_scale", "k_middle", "v_scale", "v_middle")}
     table = {"table_ptr": "*i32", "length_ptr": "*i32"}
     parts = {"lse_ptr": "*fp32", "part_ptr": "*fp32", "part_lse_ptr": "*fp32", "arrived_ptr": "*i32"}
     types = {**model, **codes, **marks, **table, **parts, "bias_ptr": "*fp32" if bias else "*fp16"}
-    order = read_coded._read.arg_names
+    types |= POSITIONS if bias else {}
     types |= {"scale": "fp32", "width": "i32", "rows": "i32"}
-    sizes = {"ROWS": 64, "QUERIES": 4, "M": 8, "D": dim, "DP": max(16, wide), "DV": dim, "DVP": max(16, wide), "QP": 4}
+    sizes = {"ROWS": 64, "D": dim, "DP": max(16, deep), "DV": dim, "DVP": max(16, wide), "GROUPS": many}
     rest = {"PARTS": 8, "PAGE": 64, "BITS": bits, "FLOATING": floating, "PACKED": True, "EVEN": not bias,
             "HAS_BIAS": bias, "PRECISION": "tf32", "STAGES": 5}  # fmt: skip
-    compile_kernel(read_coded._read, {name: types[name] for name in order if name in types}, {**sizes, **rest}, warps=1)
+    for queries in (4, 32) if bits == 4 and not bias else (4,):
+        asked = {"QUERIES": queries, "HERE": queries, "M": max(8, queries), "QP": queries, **sight(bias, 2)}
+        compile_kernel(read_coded._read, types, {**sizes, **rest, **asked}, read_coded._warps(max(8, queries), dim))
     fresh = {"new_k_ptr": f"*{dtype}", "new_v_ptr": f"*{dtype}", "new_position_ptr": "*i64", "k_ptr": f"*{dtype}",
              "v_ptr": f"*{dtype}", "position_ptr": "*i32", "codes_k_ptr": "*u8", "codes_v_ptr": "*u8"}  # fmt: skip
     strides = {**table, **dict.fromkeys(("k_stride", "v_stride", "position_stride", "width"), "i32")}
-    dims = {"HEADS": 8, "D": dim, "DP": wide, "DV": dim, "DVP": wide, "PAGE": 64, "BITS": bits, "FLOATING": floating}
+    dims = {"HEADS": 8, "D": dim, "DP": deep, "DV": dim, "DVP": wide, "PAGE": 64, "BITS": bits, "FLOATING": floating}
+    dims["GROUPS"] = many
     compile_kernel(append_coded._append, {**fresh, **marks, **strides}, dims)
 
 
+def compile_page_scores(dtype: str, bounds: str, queries: int, dim: int, joined: bool) -> None:
+    types = {"q_ptr": f"*{dtype}", "low_ptr": f"*{bounds}", "high_ptr": f"*{bounds}", "table_ptr": "*i32"}
+    types |= {"length_ptr": "*i32", "out_ptr": "*fp32", "width": "i32"}
+    sizes = {"QUERIES": queries, "M": max(16, min(32, queries)), "D": dim, "DP": triton.next_power_of_2(dim)}
+    rest = {"PAGE": 64, "N": 32, "JOINED": joined, "SUMMED": joined and queries > 16, "PRECISION": PRECISION}
+    compile_kernel(_page_scores, types, {**sizes, **rest})
+
+
 def main() -> None:
+    for given in (("bf16", "bf16", 4, 128, True), ("fp16", "fp32", 64, 80, True), ("fp32", "fp32", 16, 256, False)):
+        compile_page_scores(*given)
     for bits, floating, dtype, dim, bias in (
         (4, False, "bf16", 128, False), (8, True, "bf16", 128, False), (8, False, "fp16", 80, True),
-        (2, False, "fp16", 64, True), (8, True, "fp16", 96, True),
+        (2, False, "fp16", 64, True), (8, True, "fp16", 96, True), (8, False, "bf16", 256, False),
+        (4, False, "bf16", 256, True),
     ):  # fmt: skip
         compile_coded(bits, floating, dtype, dim, bias)
-    for dtype, group, dim, bias in (("bf16", 4, 128, False), ("fp16", 3, 64, True), ("fp32", 1, 80, True)):
+    for dtype, group, dim, bias in (
+        ("bf16", 4, 128, False), ("fp16", 3, 64, True), ("fp32", 1, 80, True), ("fp16", 128, 128, True),
+    ):  # fmt: skip
         pointers = {f"{name}_ptr": f"*{dtype}" for name in ("q", "k", "v")}
         pointers |= {"bias_ptr": "*fp32" if bias else f"*{dtype}", "table_ptr": "*i32", "length_ptr": "*i32"}
+        pointers |= POSITIONS if bias else {}
         pointers |= {"out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "part_ptr": "*fp32", "part_lse_ptr": "*fp32"}
         wide, grouped = triton.next_power_of_2(dim), triton.next_power_of_2(group)
-        sizes = {"QUERIES": group, "M": 16, "D": dim, "DP": wide, "DV": dim, "DVP": wide, "QP": grouped, "PARTS": 8}
+        sizes = {"D": dim, "DP": wide, "DV": dim, "DVP": wide, "PARTS": 1 if group > 16 else 8}
+        sizes |= {"QUERIES": group, "HERE": group, "M": max(16, grouped), "QP": grouped}
         rest = {
             "ROWS": 64,
             "PAGE": 64,
@@ -63,13 +113,18 @@ def main() -> None:
             "HAS_BIAS": bias,
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
             "STAGES": 3,
+            "EARLY": True,
         }
         scalars = {"scale": "fp32", "width": "i32", "rows": "i32"}
-        compile_kernel(_read, {**pointers, "arrived_ptr": "*i32", **scalars}, {**sizes, **rest})
+        types = {**pointers, "arrived_ptr": "*i32", **scalars}
+        constants = {**sizes, **rest, **sight(bias, group)}
+        plain = dtype == "bf16"
+        binary = compile_kernel(_read, types, constants, 2 if plain else 8 if group > 64 else 4)
+        assert not plain or stack(binary) == 0, "a plain read has more numbers than registers"
         fresh = {"new_k_ptr": f"*{dtype}", "new_v_ptr": f"*{dtype}", "new_position_ptr": "*i64"}
         held = {"k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}", "position_ptr": "*i32", "table_ptr": "*i32"}
         strides = {"length_ptr": "*i32", **dict.fromkeys(("k_stride", "v_stride", "position_stride", "width"), "i32")}
-        dims = {"HEADS": 8, "D": dim, "DP": wide, "DV": dim, "DVP": wide, "PAGE": 64}
+        dims = {"HEADS": 8, "D": dim, "DP": wide, "DV": dim, "DVP": wide, "PAGE": 64, "EARLY": True}
         compile_kernel(_append, {**fresh, **held, **strides}, dims)
     print("compiled")
 

@@ -5,11 +5,13 @@ Without a GPU, Triton's kernels run in its interpreter.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +55,16 @@ def pages_of(
     )
 
 
-def row_by_row(q: Tensor, paged: Paged, scale: float) -> tuple[Tensor, Tensor]:
+def row_by_row(
+    q: Tensor,
+    paged: Paged,
+    scale: float,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    cap: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention of each row by itself, over exactly its entries, in float64."""
     b, heads, length, dim = q.shape
     rows, page = paged.table.shape[0], paged.page
@@ -66,23 +77,33 @@ def row_by_row(q: Tensor, paged: Paged, scale: float) -> tuple[Tensor, Tensor]:
             lses.append(torch.full((queries.shape[1],), -torch.inf, dtype=torch.float64, device=q.device))
             continue
         pages, within = (torch.tensor(x, device=q.device) for x in zip(*places, strict=True))
-        logits = queries[row] @ paged.keys[pages, within].double().T * scale
+        logits = queries[row] @ paged.keys[pages, within].double().T * scale  # [GQ, T]
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
         if paged.bias is not None:
             logits = logits + paged.bias[pages, within].double()
-        outs.append(logits.softmax(-1) @ paged.values[pages, within].double())
+        for m, step in zip(range(len(logits)), itertools.cycle(range(length)), strict=False):
+            if causal:
+                logits[m, max(len(places) - length + step + 1, 0) :] = -torch.inf
+            if window is not None and positions is not None:
+                at = int(positions[row * b // rows, step])
+                logits[m, paged.positions[pages, within] <= at - window] = -torch.inf
+        outs.append(logits.softmax(-1).nan_to_num() @ paged.values[pages, within].double())
         lses.append(logits.logsumexp(-1))
     return torch.stack(outs).view(b, heads, length, -1), torch.stack(lses).view(b, heads, length)
 
 
-def triton_read(q: Tensor, paged: Paged, scale: float, programs: int = 0, even: bool = False) -> tuple[Tensor, Tensor]:
+def triton_read(
+    q: Tensor, paged: Paged, scale: float, programs: int = 0, even: bool = False, **sight: Any
+) -> tuple[Tensor, Tensor]:
     pytest.importorskip("triton")
     from kvthrift.kernels.triton.read import read
 
     rows, width = paged.table.shape
     queries = q.numel() // q.shape[-1] // rows
     plan = plan_read(rows, rows * width, queries, paged.values.shape[-1], q.device, programs=programs, even=even)
-    first = read(q, paged, scale, plan)
-    again = read(q, paged, scale, plan)  # the scratch is fit to be used again
+    first = read(q, paged, scale, plan, **sight)
+    again = read(q, paged, scale, plan, **sight)  # the scratch is fit to be used again
     assert not plan.arrived.any()
     torch.testing.assert_close(first, again, equal_nan=True)
     return first
@@ -182,6 +203,21 @@ def test_append_writes_one_entry_a_row_and_nothing_else(kernel: str) -> None:
     torch.testing.assert_close(paged.keys, before.keys, equal_nan=True)
     torch.testing.assert_close(paged.values, before.values, equal_nan=True)
     assert torch.equal(paged.positions, before.positions)
+
+
+def test_several_entries_are_appended_one_after_the_other() -> None:
+    paged = pages_of([14, 3], dim=8, value_dim=4, room=4)
+    twin = replace(paged, **{name: getattr(paged, name).clone() for name in ("keys", "values", "positions", "lengths")})
+    k, v = torch.randn(2, 1, 4, 8, device=DEVICE), torch.randn(2, 1, 4, 4, device=DEVICE)
+    positions = torch.tensor([[4, 5, 6, 9], [20, 21, 22, 23]], device=DEVICE)
+    paged_append(k, v, positions, paged)
+    for i in range(4):
+        naive.paged_append(k[:, :, i : i + 1], v[:, :, i : i + 1], positions[:, i], twin)
+    for name in ("keys", "values", "positions", "lengths"):
+        torch.testing.assert_close(getattr(paged, name), getattr(twin, name), equal_nan=True)
+    index = paged.table[0, 1].long()
+    assert paged.positions[index, :2].tolist() == [6, 9]
+    torch.testing.assert_close(paged.keys[index, 1], k[0, 0, 3])
 
 
 def test_dispatch_says_why_the_fast_kernels_do_not_fit() -> None:

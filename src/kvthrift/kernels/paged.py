@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvthrift.core import AttentionOutput
+from kvthrift.errors import OptionError
 from kvthrift.kernels import naive
 from kvthrift.kernels.codes import Coded, Format, groups
 
@@ -151,41 +152,80 @@ def _unfit_coded(form: Format, dtype: torch.dtype, value_dim: int, capability: t
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, and {form.name} needs 8.9"
     if dtype == torch.float32:
         return f"{form.name} is read in half precision, and the model computes in float32"
-    if groups(value_dim) > 1:
-        return f"values of {value_dim} channels have several scales a token"
+    if groups(value_dim) > 2:
+        return f"values of {value_dim} channels have {groups(value_dim)} scales a token"
     return None
 
 
-def paged_attend(q: Tensor, paged: Paged, *, scale: float, plan: ReadPlan | None = None) -> AttentionOutput:
-    """Attention of a few queries over every entry of their rows, all of it past.
+def paged_attend(
+    q: Tensor,
+    paged: Paged,
+    *,
+    scale: float,
+    plan: ReadPlan | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    cap: float | None = None,
+) -> AttentionOutput:
+    """Attention of a few queries over the entries of their rows, all of them past unless said otherwise.
+
+    A logit is ``scale * q.k``, then capped, then the entry's bias is added.
 
     Args:
         q: ``[B, HG, Q, Dk]`` in the dtype of the pages.
         paged: ``rows = B * H``.
         scale: factor on the logits.
         plan: from :func:`plan_read` for as many rows and queries; made here if None.
+        causal: the last Q entries of every row are the queries' own: query ``i`` of Q sees the first
+            ``length - Q + i + 1`` entries.
+        window: entries at ``position - window`` of a query, or before, get no weight; their pages are read though.
+        positions: ``[B, Q]`` integers, the queries' true positions; a window needs them.
+        cap: logits become ``cap * tanh(logits / cap)``, as in Gemma 2 (2408.00118).
 
     Returns:
-        ``out [B, HG, Q, Dv]`` and ``lse [B, HG, Q]`` float32; a row without entries gives 0 and ``-inf``.
+        ``out [B, HG, Q, Dv]`` and ``lse [B, HG, Q]`` float32; a query that sees no entry gets 0 and ``-inf``.
+
+    Raises:
+        OptionError: a window or cap is not above 0, or a window comes without fitting positions.
     """
+    _check_sight(q, window, positions, cap)
+    sight: dict[str, Any] = {"causal": causal, "window": window, "positions": positions, "cap": cap}
     if unfit(q.device, paged.keys.dtype, q.shape[-1], paged.values.shape[-1], paged.page, paged.form):
-        return naive.paged_attend(q, paged, scale=scale)
+        return naive.paged_attend(q, paged, scale=scale, **sight)
     with _launching(q.device):
-        return AttentionOutput(*_triton("read" if paged.coded is None else "read_coded").read(q, paged, scale, plan))
+        read = _triton("read" if paged.coded is None else "read_coded").read
+        return AttentionOutput(*read(q, paged, scale, plan, **sight))
+
+
+def _check_sight(q: Tensor, window: int | None, positions: Tensor | None, cap: float | None) -> None:
+    if cap is not None and not 0 < cap < float("inf"):
+        raise OptionError(f"cap={cap} bends no logits: it has to be above 0 and finite. Pass None for none.")
+    if window is None:
+        return
+    if window < 1:
+        raise OptionError(f"window={window} hides every entry: it has to be at least 1. Pass None for none.")
+    wanted = (q.shape[0], q.shape[2])
+    if positions is None or tuple(positions.shape) != wanted:
+        given = "no positions" if positions is None else f"positions of shape {tuple(positions.shape)}"
+        raise OptionError(f"window={window} came with {given}: true positions {wanted} of the queries are needed.")
 
 
 def paged_append(k: Tensor, v: Tensor, positions: Tensor, paged: Paged) -> None:
-    """Write one entry behind those of every row and count it, on the device alone.
+    """Write entries behind those of every row, one after the other, and count them, on the device alone.
 
     In front of pages in few bits, a last page that is full is written in few bits first. A number that is not finite
     cannot be refused there: its group reads as NaN.
 
     Args:
-        k, v: ``[B, H, 1, Dk]``, ``[B, H, 1, Dv]``.
-        positions: ``[B]`` integers.
-        paged: every row's table must have room; ``lengths`` grows by one.
+        k, v: ``[B, H, Q, Dk]``, ``[B, H, Q, Dv]``.
+        positions: ``[B, Q]`` integers, or ``[B]`` where Q is 1.
+        paged: every row's table must have room; ``lengths`` grows by Q.
     """
-    if unfit(k.device, paged.keys.dtype, k.shape[-1], v.shape[-1], paged.page, paged.form):
+    if positions.ndim == 2:
+        for one_k, one_v, at in zip(torch.split(k, 1, 2), torch.split(v, 1, 2), positions.unbind(1), strict=True):
+            paged_append(one_k, one_v, at, paged)
+    elif unfit(k.device, paged.keys.dtype, k.shape[-1], v.shape[-1], paged.page, paged.form):
         naive.paged_append(k, v, positions, paged)
     else:
         with _launching(k.device):

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvthrift.kernels.triton.parts import await_others, launch
+
 if TYPE_CHECKING:
     from kvthrift.kernels.paged import Paged
 
@@ -17,7 +19,9 @@ def _append(
     new_k_ptr, new_v_ptr, new_position_ptr, k_ptr, v_ptr, position_ptr, table_ptr, length_ptr,
     k_stride, v_stride, position_stride, width,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    await_others(EARLY)
     row = tl.program_id(0)
     d, dv = tl.arange(0, DP), tl.arange(0, DVP)
     k = tl.load(new_k_ptr + row * k_stride + d, mask=d < D)
@@ -45,5 +49,5 @@ def append(k: Tensor, v: Tensor, positions: Tensor, paged: Paged) -> None:
         k, v, positions, paged.keys, paged.values, paged.positions, paged.table, paged.lengths,
         k.stride(0), v.stride(0), positions.stride(0), width,
         HEADS=rows // positions.shape[0], D=dim, DP=triton.next_power_of_2(dim),
-        DV=value_dim, DVP=triton.next_power_of_2(value_dim), PAGE=paged.page, num_warps=1,
+        DV=value_dim, DVP=triton.next_power_of_2(value_dim), PAGE=paged.page, num_warps=1, **launch(k.device),
     )  # fmt: skip

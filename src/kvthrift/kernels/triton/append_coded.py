@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvthrift.kernels.codes import groups
+
 if TYPE_CHECKING:
     from kvthrift.kernels.paged import Paged
 
@@ -52,11 +54,13 @@ def _append(
     new_k_ptr, new_v_ptr, new_position_ptr, k_ptr, v_ptr, position_ptr, codes_k_ptr, codes_v_ptr, k_scale_ptr,
     k_middle_ptr, v_scale_ptr, v_middle_ptr, table_ptr, length_ptr, k_stride, v_stride, position_stride, width,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
-    BITS: tl.constexpr, FLOATING: tl.constexpr,
+    BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = 8 // BITS
     K: tl.constexpr = D // PLANES
-    V: tl.constexpr = DV // PLANES
+    RUNS: tl.constexpr = PLANES if PLANES > GROUPS else GROUPS  # of a value's channels
+    EACH: tl.constexpr = RUNS // GROUPS
+    V: tl.constexpr = DV // RUNS
     row = tl.program_id(0)
     length = tl.load(length_ptr + row)
     tail_k, tail_v = k_ptr + row.to(tl.int64) * (PAGE * D), v_ptr + row.to(tl.int64) * (PAGE * DV)
@@ -77,30 +81,37 @@ def _append(
         tl.store(
             codes_k_ptr + page * (PAGE * K) + n[:, None] * K + c[None, :], packed.to(tl.uint8), mask=(c < K)[None, :]
         )  # fmt: skip
-        low, high = tl.full([PAGE], float("inf"), tl.float32), tl.full([PAGE], float("-inf"), tl.float32)
-        odd = tl.zeros([PAGE], tl.float32)
-        inside = (cv < V)[:, None]
-        for plane in tl.static_range(PLANES):
-            at = n[None, :] * DV + plane * V + cv[:, None]
-            x = tl.load(tail_v + at, mask=inside, other=0.0).to(tl.float32)
-            low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 0))
-            high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")), 0))
-            odd += tl.sum(x * 0.0, 0)
-        scale, middle = _scales(low + odd, high + odd, BITS, FLOATING)
-        tl.store(v_scale_ptr + page * PAGE + n, scale)
-        if not FLOATING:
-            tl.store(v_middle_ptr + page * PAGE + n, middle)
-        scale, middle = scale.to(tl.float32), middle.to(tl.float32)
-        turned = tl.zeros([DVP, PAGE], tl.int32)
-        for plane in tl.static_range(PLANES):
-            at = n[None, :] * DV + plane * V + cv[:, None]
-            x = tl.load(tail_v + at, mask=inside, other=0.0).to(tl.float32)
-            turned |= _codes(x, scale[None, :], middle[None, :], BITS, FLOATING) << (BITS * plane)
-        tl.store(codes_v_ptr + page * (PAGE * V) + cv[:, None] * PAGE + n[None, :], turned.to(tl.uint8), mask=inside)
+        inside, turned = (cv < V)[:, None], tl.zeros([DVP, PAGE], tl.int32)
+        for group in tl.static_range(GROUPS):
+            low, high = tl.full([PAGE], float("inf"), tl.float32), tl.full([PAGE], float("-inf"), tl.float32)
+            odd = tl.zeros([PAGE], tl.float32)
+            for run in tl.static_range(group * EACH, group * EACH + EACH):
+                at = n[None, :] * DV + run * V + cv[:, None]
+                x = tl.load(tail_v + at, mask=inside, other=0.0).to(tl.float32)
+                low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 0))
+                high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")), 0))
+                odd += tl.sum(x * 0.0, 0)
+            scale, middle = _scales(low + odd, high + odd, BITS, FLOATING)
+            tl.store(v_scale_ptr + (page * GROUPS + group) * PAGE + n, scale)
+            if not FLOATING:
+                tl.store(v_middle_ptr + (page * GROUPS + group) * PAGE + n, middle)
+            scale, middle = scale.to(tl.float32), middle.to(tl.float32)
+            for run in tl.static_range(group * EACH, group * EACH + EACH):
+                at = n[None, :] * DV + run * V + cv[:, None]
+                x = tl.load(tail_v + at, mask=inside, other=0.0).to(tl.float32)
+                codes = _codes(x, scale[None, :], middle[None, :], BITS, FLOATING)
+                if RUNS > PLANES:  # a run is rows of its own, not bits of the others' bytes
+                    rows = codes_v_ptr + page * (PAGE * DV) + (run * V + cv)[:, None] * PAGE
+                    tl.store(rows + n[None, :], codes.to(tl.uint8), mask=inside)
+                else:
+                    turned |= codes << (BITS * run)
+        if RUNS == PLANES:
+            rows = codes_v_ptr + page * (PAGE * V) + cv[:, None] * PAGE
+            tl.store(rows + n[None, :], turned.to(tl.uint8), mask=inside)
         tl.debug_barrier()  # the tail was read by all before its first entry is written over
     place = length % PAGE
     position = tl.load(new_position_ptr + (row // HEADS) * position_stride)
-    d, dv = tl.arange(0, PLANES * DP), tl.arange(0, PLANES * DVP)
+    d, dv = tl.arange(0, PLANES * DP), tl.arange(0, RUNS * DVP)
     k = tl.load(new_k_ptr + row * k_stride + d, mask=d < D)
     v = tl.load(new_v_ptr + row * v_stride + dv, mask=dv < DV)
     tl.store(tail_k + place * D + d, k, mask=d < D)
@@ -121,13 +132,13 @@ def append(k: Tensor, v: Tensor, positions: Tensor, paged: Paged) -> None:
         v = v.contiguous()
     coded = paged.coded
     assert coded is not None
-    form, none = coded.format, coded.key_scale
+    form, none, many = coded.format, coded.key_scale, groups(value_dim)
     key_middle, value_middle = (none if t is None else t for t in (coded.key_middle, coded.value_middle))
     _append[(rows,)](
         k, v, positions, paged.keys, paged.values, paged.positions, coded.keys, coded.values, coded.key_scale,
         key_middle, coded.value_scale, value_middle, paged.table, paged.lengths, k.stride(0), v.stride(0),
         positions.stride(0), width,
         HEADS=rows // positions.shape[0], D=dim, DP=triton.next_power_of_2(dim // form.together),
-        DV=value_dim, DVP=triton.next_power_of_2(value_dim // form.together), PAGE=paged.page,
-        BITS=form.bits, FLOATING=form.floating, num_warps=4,
+        DV=value_dim, DVP=triton.next_power_of_2(value_dim // max(form.together, many)), PAGE=paged.page,
+        BITS=form.bits, FLOATING=form.floating, GROUPS=many, num_warps=4,
     )  # fmt: skip

@@ -1,11 +1,38 @@
-"""Where a row's entries were read by several programs: the last to arrive joins their parts by log-sum-exp."""
+"""What reads and appends share: the last of several programs joins a row's parts by log-sum-exp; launching early.
+
+From compute capability 9.0 on a kernel may be launched while the one before it still runs (programmatic dependent
+launch), and waits at its own beginning: what a launch costs is hidden, in a CUDA graph too.
+"""
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+def launch(device: torch.device) -> dict[str, Any]:
+    """How a kernel that calls :func:`await_others` first is launched on a device."""
+    early = device.type == "cuda" and _capability(device.index) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@triton.jit
+def await_others(EARLY: tl.constexpr):
+    """What was launched before is done from here on; what is launched next may come and wait."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -17,7 +44,8 @@ def of_row(r, values, row):  # fmt: skip
 @triton.jit
 def join(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, row, first_part, last_part,
-    QUERIES: tl.constexpr, QP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PARTS: tl.constexpr,
+    QUERIES: tl.constexpr, HERE: tl.constexpr, QP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Write what the parts ``first_part .. last_part`` of a row come to, ``PARTS`` of them at a time."""
     g, p, dv = tl.arange(0, QP), tl.arange(0, PARTS), tl.arange(0, DVP)
@@ -27,7 +55,7 @@ def join(
     acc = tl.zeros([QP, DVP], tl.float32)
     for other in range(first_part, last_part + 1, PARTS):
         slots = (other + p + row) * QUERIES
-        there = (other + p <= last_part)[:, None] & (g < QUERIES)[None, :]
+        there = (other + p <= last_part)[:, None] & (g < HERE)[None, :]
         lses = tl.load(
             part_lse_ptr + slots[:, None] + g[None, :], mask=there, other=float("-inf"), cache_modifier=".cg"
         )  # fmt: skip
@@ -45,7 +73,7 @@ def join(
     safe = tl.where(total > 0, total, 1.0)
     tl.store(
         out_ptr + row * QUERIES * DV + g[:, None] * DV + dv[None, :],
-        (acc / safe[:, None]).to(out_ptr.dtype.element_ty), mask=(g < QUERIES)[:, None] & in_dv[None, :],
+        (acc / safe[:, None]).to(out_ptr.dtype.element_ty), mask=(g < HERE)[:, None] & in_dv[None, :],
     )  # fmt: skip
     lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))
-    tl.store(lse_ptr + row * QUERIES + g, lse * LN2, mask=g < QUERIES)
+    tl.store(lse_ptr + row * QUERIES + g, lse * LN2, mask=g < HERE)

@@ -17,25 +17,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvthrift.kernels.triton.parts import LN2, join, of_row
+from kvthrift.kernels.triton.parts import LN2, await_others, join, launch, of_row
+from kvthrift.kernels.triton.sight import LOG2E, behind, blocks, capped, ends_of, features, oldest
 
 if TYPE_CHECKING:
     from kvthrift.kernels.paged import Paged, ReadPlan
 
-_LOG2E = 1.4426950408889634
+_MOST = 128 * 128  # numbers of an output that one program holds, at most
+_MANY = 128  # queries of one program, at most
 _JOINED = 8192  # numbers of several parts that are joined at once
 _DEEP = 5  # pages on their way at once where programs are too few to hide each other's waiting
-_LOG2E_CONST = tl.constexpr(_LOG2E)
+_LOG2E = tl.constexpr(LOG2E)
 
 
 @triton.jit
 def _read(
     q_ptr, k_ptr, v_ptr, bias_ptr, table_ptr, length_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, arrived_ptr,
-    scale, width, rows,
-    ROWS: tl.constexpr, QUERIES: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
-    DVP: tl.constexpr, QP: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr, EVEN: tl.constexpr,
-    ROWWISE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    position_ptr, query_position_ptr, scale, width, rows, window, cap,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, HERE: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, QP: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr,
+    EVEN: tl.constexpr, ROWWISE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, STEPS: tl.constexpr, HEADS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    await_others(EARLY)
     program, programs = tl.program_id(0), tl.num_programs(0)
     if EVEN:
         length = tl.load(length_ptr)
@@ -58,7 +63,7 @@ def _read(
         first, stop = program * run, tl.minimum(program * run + run, pages_in_all)
     if first < stop:
         m, d, dv, n = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, PAGE)
-        inside, in_d, in_dv = m < QUERIES, d < D, dv < DV
+        inside, in_d, in_dv = m < HERE, d < D, dv < DV
         held = inside[:, None] & in_dv[None, :]
         if ROWWISE:
             first_row, last_row = own, own
@@ -80,6 +85,10 @@ def _read(
                 q_ptr + row * QUERIES * D + m[:, None] * D + d[None, :],
                 mask=inside[:, None] & in_d[None, :], other=0.0,
             )  # fmt: skip
+            if CAUSAL:
+                seen = ends_of(length, m, STEPS)
+            if WINDOWED:
+                gone = oldest(query_position_ptr, row, m, window, HEADS, STEPS)
             top = tl.full([M], float("-inf"), tl.float32)
             total = tl.zeros([M], tl.float32)
             acc = tl.zeros([M, DVP], tl.float32)
@@ -90,9 +99,14 @@ def _read(
                 k = tl.load(k_at) if DP == D else tl.load(k_at, mask=in_d[None, :], other=0.0)
                 v = tl.load(v_at) if DVP == DV else tl.load(v_at, mask=in_dv[None, :], other=0.0)
                 logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                if CAPPED:
+                    logits = capped(logits, cap)
                 if HAS_BIAS:
-                    logits += tl.load(bias_ptr + page * PAGE + n)[None, :] * _LOG2E_CONST
-                logits = tl.where((index * PAGE + n)[None, :] < length, logits, float("-inf"))
+                    logits += tl.load(bias_ptr + page * PAGE + n)[None, :] * _LOG2E
+                there = (index * PAGE + n)[None, :] < (seen[:, None] if CAUSAL else length)
+                if WINDOWED:
+                    there &= tl.load(position_ptr + page * PAGE + n)[None, :] > gone[:, None]
+                logits = tl.where(there, logits, float("-inf"))
                 high = tl.maximum(top, tl.max(logits, 1))
                 base = tl.where(high == float("-inf"), 0.0, high)
                 weights = tl.exp2(logits - base[:, None])
@@ -122,14 +136,15 @@ def _read(
                 if before == last_part - first_part:
                     tl.store(arrived_ptr + row, 0)
                     join(
-                        out_ptr, lse_ptr, part_ptr, part_lse_ptr, row, first_part, last_part, QUERIES, QP, DV, DVP,
-                        PARTS,
+                        out_ptr, lse_ptr, part_ptr, part_lse_ptr, row, first_part, last_part, QUERIES, HERE, QP,
+                        DV, DVP, PARTS,
                     )  # fmt: skip
 
 
 def read(
-    q: Tensor, paged: Paged, scale: float, plan: ReadPlan | None, *, warps: int = 0, stages: int = 0
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, paged: Paged, scale: float, plan: ReadPlan | None, *, causal: bool = False, window: int | None = None,
+    positions: Tensor | None = None, cap: float | None = None, warps: int = 0, stages: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`kvthrift.kernels.paged.paged_attend`; ``warps`` and ``stages`` are for measuring."""
     from kvthrift.kernels.paged import plan_read
 
@@ -140,20 +155,37 @@ def read(
     plan = plan or plan_read(rows, rows * width, queries, value_dim, q.device)
     out = torch.empty(b, heads, length, value_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, heads, length, dtype=torch.float32, device=q.device)
-    bias = paged.bias
-    tall, deep = max(16, triton.next_power_of_2(queries)), max(16, triton.next_power_of_2(dim))
+    deep, wide = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
+    sight, bias = features(q, rows, causal, window, positions, cap), paged.bias
     stages = stages or (min(_DEEP, _room(paged)) if plan.few else 2)
-    grouped, wide = triton.next_power_of_2(queries), max(16, triton.next_power_of_2(value_dim))
-    _read[(plan.programs,)](
-        q.contiguous(), paged.keys, paged.values, paged.keys if bias is None else bias, paged.table, paged.lengths,
-        out, lse, plan.parts, plan.lses, plan.arrived, scale * _LOG2E, width, rows,
-        ROWS=triton.next_power_of_2(rows), QUERIES=queries, M=tall, D=dim, DP=deep, DV=value_dim, DVP=wide,
-        QP=grouped, PARTS=max(1, _JOINED // (grouped * wide)), PAGE=paged.page,
-        EVEN=plan.even, ROWWISE=plan.even and plan.programs % rows == 0, HAS_BIAS=bias is not None, STAGES=stages,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=warps or (2 if q.element_size() == 2 and max(deep, wide) * tall <= 128 * 16 else 4),
-    )  # fmt: skip
+    for first, here in blocks(queries, sight["STEPS"], _most(paged, max(deep, wide))):
+        tall, grouped = max(16, triton.next_power_of_2(here)), triton.next_power_of_2(here)
+        _read[(plan.programs,)](
+            behind(q.contiguous(), first), paged.keys, paged.values, paged.keys if bias is None else bias, paged.table,
+            paged.lengths, behind(out, first), behind(lse, first, 1), behind(plan.parts, first),
+            behind(plan.lses, first, 1), plan.arrived, paged.positions if window is not None else None,
+            scale=scale * LOG2E, width=width, rows=rows, **sight,
+            ROWS=triton.next_power_of_2(rows), QUERIES=queries, HERE=here, M=tall, D=dim, DP=deep, DV=value_dim,
+            DVP=wide, QP=grouped, PARTS=max(1, _JOINED // (grouped * wide)), PAGE=paged.page,
+            EVEN=plan.even, ROWWISE=plan.even and plan.programs % rows == 0, HAS_BIAS=bias is not None, STAGES=stages,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            num_warps=warps or _warps(q, tall, max(deep, wide)), **launch(q.device),
+        )  # fmt: skip
     return out, lse
+
+
+def _most(paged: Paged, dim: int) -> int:
+    """Queries of one program, at most: registers have room for them, and shared memory beside a page."""
+    if paged.keys.dtype == torch.float32:
+        return _MOST // 4 // dim if dim > 32 else _MANY
+    return min(_MANY, _MOST // dim // (2 if dim > 128 and _room(paged) < 3 else 1))
+
+
+def _warps(q: Tensor, tall: int, dim: int) -> int:
+    """As few as have the registers."""
+    if tall > 64 or tall * dim > 64 * 128:
+        return 8
+    return 2 if q.element_size() == 2 and tall * dim <= 16 * 128 else 4
 
 
 def _room(paged: Paged) -> int:
