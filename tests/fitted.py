@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from kvthrift import Recipe
-from kvthrift.allocate import BudgetLayers, GroupHeads, TableHeads, TableLayers
+from kvthrift.allocate import BudgetLayers, GroupHeads, TableHeads, TableLayers, WholeHeads
 from kvthrift.score import ChosenHeads, LinearSurrogate
 from kvthrift.score.surrogate import EXTRA, pack
 
@@ -37,6 +37,9 @@ def fitted(recipe: Recipe, *, layers: int = 2, kv_heads: int = 2, group: int = 2
     if isinstance(heads, TableHeads):
         row_ = tuple(float(1 + 3 * head) for head in range(kv_heads))
         heads = TableHeads((row_,) * layers, heads.beta, heads.protected)
+    if isinstance(heads, WholeHeads):
+        rows = tuple(tuple(float((3 * n + head) % 5) for head in range(kv_heads)) for n in range(layers))
+        heads = replace(heads, importance=rows, model="")
     return recipe.with_options(scorer=scorer, layers=over, heads=heads)
 
 

@@ -33,7 +33,7 @@ BUSY = Recipe(
     scorer=WindowAttention(16, pool="avg"),
     budget=method("snapkv", budget="12.5%").budget,
     layers=PyramidLayers(10, published_rounding=True),
-    heads=TableHeads(((0.25, 0.5), (1.0, 0.0)), beta=1.1, protected=16),
+    heads=TableHeads(((0.25, 0.5), (1.0, 0.0)), beta=1.1, protected=16, within="layer"),
     unit=ChunkUnit(5, per_head=True),
     refine=OutputAware(0.25),
     merge=MassFold(),

@@ -15,7 +15,7 @@ from kvthrift.core import LayerView, QueryMoments, Rope, Signals
 from kvthrift.part import parts
 from kvthrift.recipe import Recipe
 from kvthrift.runtime.compress import choose
-from kvthrift.score import LinearSurrogate, Scorer
+from kvthrift.score import LinearSurrogate, PositionBias, Scorer
 from kvthrift.score.surrogate import EXTRA, pack
 
 GARBAGE = 300.0
@@ -138,8 +138,10 @@ def scorers() -> list[Scorer]:
     """Every scorer of the package, with its default options."""
     found = [kind() for _, kind in sorted(parts()["scorer"].items()) if kind.__module__.startswith("kvthrift.")]
     weights = torch.randn(8, 3, 2 * 8 + EXTRA, generator=torch.Generator().manual_seed(0))  # for views of 3 heads
-    fitted = LinearSurrogate(pack(weights), 8, 3)
-    return [fitted if scorer.name == fitted.name else scorer for scorer in found if isinstance(scorer, Scorer)]
+    table = tuple(tuple((0.1 * layer, 0.2 * head, 0.3) for head in range(3)) for layer in range(8))
+    made = (LinearSurrogate(pack(weights), 8, 3), PositionBias(edges=(0, 40, 200), bias=table))
+    fitted = {scorer.name: scorer for scorer in made}
+    return [fitted.get(scorer.name, scorer) for scorer in found if isinstance(scorer, Scorer)]
 
 
 def top(scores: Tensor, count: int) -> set[int]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvthrift.errors import MissingSignalError
@@ -47,6 +49,8 @@ class SecondPass:
         overlap: tokens before a later chunk that its words quote.
         sees: what repeated tokens attend to: ``"all"`` that was read, or the first ``sinks`` tokens and the
             ``"chunk"`` they repeat, which makes the pass linear in the context (``among="chunk"`` only).
+        relative: multiply attention by the norm of the entry's projected value over that of the query's hidden state.
+        probe: token ids that are fed in place of the context, all at once; () feeds the context.
     """
 
     chunk: int = 2000
@@ -60,6 +64,8 @@ class SecondPass:
     reply: tuple[int, ...] = ()
     overlap: int = 8
     sees: Literal["all", "chunk"] = "all"
+    relative: bool = False
+    probe: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,8 @@ class Signals:
     queries from position ``moments_after`` on; ``columns``:
     attention received by each entry from all queries so far; ``output_weight``: the output projection;
     ``powers``: the same of their powers; ``rope``: the rotary embedding; ``second_pass``: what a context fed again
-    behind itself attends to; ``segments``: which part of the text, cut at punctuation, each token belongs to.
+    behind itself attends to; ``segments``: which part of the text, cut at punctuation, each token belongs to;
+    ``stand_ins``: that outputs of other heads take the place of those of heads that are given up.
     """
 
     window: int = 0
@@ -104,6 +111,7 @@ class Signals:
     second_pass: tuple[SecondPass, ...] = ()
     segments: bool = False
     powers: tuple[Powers, ...] = ()
+    stand_ins: bool = False
 
     def __or__(self, other: Signals) -> Signals:
         return Signals(
@@ -116,6 +124,7 @@ class Signals:
             tuple(dict.fromkeys((*self.second_pass, *other.second_pass))),
             self.segments or other.segments,
             tuple(dict.fromkeys((*self.powers, *other.powers))),
+            self.stand_ins or other.stand_ins,
         )
 
     def __str__(self) -> str:
@@ -130,6 +139,7 @@ class Signals:
                 (bool(self.second_pass), "a second pass over the context"),
                 (self.segments, "segments of the text"),
                 (bool(self.powers), "sums of attention powers"),
+                (self.stand_ins, "outputs of other heads"),
             )
             if wanted
         ]
@@ -206,7 +216,9 @@ class LayerView:
         keys, values: ``[B, H, T, Dk]`` as cached (post-RoPE), ``[B, H, T, Dv]``.
         positions: ``[B, H, T]`` int64, true token positions.
         lengths: ``[B, H]`` int64.
-        seen: ``[B]`` int64, tokens of each sequence so far; known_seen: the same, where the host need not ask for it.
+        seen: ``[B]`` int64, tokens of each sequence so far.
+        known_seen, known_lengths: the same as ``seen`` and ``lengths``, where the host need not ask for them.
+        shared: what was computed for all layers of a pass whose views differ in queries, keys and values only.
         scale: the softmax scale of the layer.
         group: query heads per KV head.
         queries, query_positions: ``[B, HG, W, Dk]`` post-RoPE, ``[B, W]`` int64 (-1 where there is none).
@@ -239,15 +251,42 @@ class LayerView:
     powers: dict[Powers, Tensor] = field(default_factory=dict)
     segments: Tensor | None = None
     known_seen: tuple[int, ...] = ()
+    known_lengths: NDArray[np.int64] | None = None
+    shared: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
     _valid: Tensor | None = field(default=None, repr=False)
 
     @property
     def valid(self) -> Tensor:
         """``[B, H, T]`` bool: which entries are real."""
         if self._valid is None:
-            steps = torch.arange(self.keys.shape[2], device=self.keys.device)
-            self._valid = steps < self.lengths[..., None]
+            self._valid = self.once("valid", lambda: self._steps < self.lengths[..., None])
         return self._valid
+
+    @property
+    def full(self) -> bool:
+        """Whether the host knows that every entry is real."""
+        return self.known_lengths is not None and bool((self.known_lengths == self.keys.shape[2]).all())
+
+    @property
+    def _steps(self) -> Tensor:
+        return torch.arange(self.keys.shape[2], device=self.keys.device)
+
+    def once(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gives, made for the first layer that asks; it must look at sizes, places and lengths only."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """``seen`` on the host."""
+        return self.known_seen or tuple(self.seen.tolist())
+
+    @property
+    def counted(self) -> NDArray[np.int64]:
+        """``lengths`` on the host."""
+        known = self.known_lengths
+        return self.lengths.cpu().numpy().astype(np.int64) if known is None else known
 
     @property
     def segment_of(self) -> Tensor:
@@ -262,8 +301,7 @@ class LayerView:
 
     def tail(self, count: int) -> Tensor:
         """``[B, H, T]`` bool: the last ``count`` real entries of each head."""
-        steps = torch.arange(self.keys.shape[2], device=self.keys.device)
-        return self.valid & (steps >= self.lengths[..., None] - count)
+        return self.once(("tail", count), lambda: self.valid & (self._steps >= self.lengths[..., None] - count))
 
 
 @dataclass(frozen=True)

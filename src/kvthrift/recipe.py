@@ -106,6 +106,11 @@ class Recipe:
                 f"recipe {self.name}: unit {self.unit.name} keeps the same groups in all heads, but heads="
                 f"{self.heads.name} gives them different budgets. Set per_head on the unit, or uniform heads."
             )
+        if self.heads.modelwide and not isinstance(self.layers, UniformLayers):
+            raise RecipeError(
+                f"recipe {self.name}: heads={self.heads.name} shares room out over all layers, but layers="
+                f"{self.layers.name} gives each layer its own budget, which that would undo. Use one of the two."
+            )
         if self.layers.gives_heads and not (self.heads.uniform and not self.unit.shared):
             raise RecipeError(
                 f"recipe {self.name}: layers={self.layers.name} gives every head its own budget, which heads="

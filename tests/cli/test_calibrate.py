@@ -66,9 +66,12 @@ def test_other_methods_are_measured_and_shown(tmp_path: Path, monkeypatch: pytes
         ("compresskv", "The 2 of 2 layers that suffer most"),
         ("uncomp", "Query entropy of 4 heads"),
         ("kvzap", "log scores explained in 4 KV heads"),
+        ("kvzap-plus", "KVzip+'s log scores explained in 4 KV heads"),
+        ("kvzip", "The 4 most important of 4 KV heads"),
     ):
         out = str(tmp_path / f"{name}.safetensors")
         found = run(name, "--out", out, "--samples", "2", "--length", "700")
+        name = name.removesuffix("-plus")
         assert found.exit_code == 0, found.output
         assert shown in found.output
         assert f"-m {name} -o calibration={out}" in found.output

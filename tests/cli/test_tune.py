@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from kvthrift import Recipe
+from kvthrift import Recipe, method
+from kvthrift.allocate import PoolLayers
 from kvthrift.eval.folder import read_run
 from kvthrift.eval.rows import read_rows
 from kvthrift.tune.search import Search
@@ -94,7 +95,6 @@ def test_ctrl_c_keeps_what_there_is(tune: Run, tmp_path: Path, monkeypatch: pyte
 
 
 REFUSALS = {
-    "full": (("--method", "full", "-b", "64"), "method 'full' keeps everything"),
     "nothing to tune": (("--vary", "layers", "-m", "pyramidkv"), "decides budgets by layer itself"),
     "below the floor": (("--budget", "4"), "snapkv always keeps 0 sinks and 8 recent entries"),
     "above the prompt": (("--budget", "5000"), "nothing goes and every recipe is the same"),
@@ -110,12 +110,35 @@ REFUSALS = {
 }
 
 
+NOTHING = {
+    "no budget": (method("snapkv"), "recipe snapkv has no budget, so there is nothing to tune. Give --budget."),
+    "finds its own": (method("dbudgetkv"), "recipe dbudgetkv has no budget, so there is nothing to tune"),
+    "its own layers": (
+        method("knorm", budget=64).with_options(layers=PoolLayers()),
+        "recipe knorm decides budgets by layer itself (layers=pool), so there are none to search",
+    ),
+    "keeps everything": (None, "method 'full' keeps everything and takes no budget"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_nothing_to_tune_is_said(name: str, kvthrift: Run, model_folder: Path, tmp_path: Path) -> None:
+    recipe, said = NOTHING[name]
+    words: tuple[object, ...] = ("--method", "full", "--budget", "64")
+    if recipe is not None:
+        recipe.save(tmp_path / "recipe.toml")
+        words = ("--recipe", tmp_path / "recipe.toml")
+    rest = tuple(word for word in SMALL[4:] if word not in ("--budget", "64"))
+    result = kvthrift("tune", "--model", model_folder, "--out", tmp_path / "study", *rest, *words)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+    assert not (tmp_path / "study" / "best.toml").exists()
+
+
 @pytest.mark.parametrize("name", REFUSALS)
 def test_bad_input_is_said_in_a_sentence_and_leaves_nothing(name: str, tune: Run, tmp_path: Path) -> None:
     words, said = REFUSALS[name]
-    if name in ("full", "nothing to tune"):
-        words = (*words, "-o", "window=8") if name == "never" else words
     result = tune(*words)
     assert result.exit_code == 2
-    assert said in " ".join(result.stderr.split()) or name in ("full", "nothing to tune")
+    assert said in " ".join(result.stderr.split())
     assert not (tmp_path / "study" / "best.toml").exists()

@@ -11,7 +11,16 @@ from tests.reading import deep, held, read
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from kvthrift import Cache, CalibrationError, ModelMismatchError, OptionError, Recipe, method, prefill
+from kvthrift import Cache, CalibrationError, ModelMismatchError, OptionError, Recipe, RecipeError, method, prefill
+from kvthrift.allocate import (
+    EntropyLayers,
+    LayerAllocator,
+    LossStop,
+    PreferenceLayers,
+    PyramidLayers,
+    TableHeads,
+    TableLayers,
+)
 from kvthrift.calibrate import Meta, load_named, save
 from kvthrift.calibrate.heads import KIND
 from kvthrift.integrations.transformers.facts import config_fingerprint
@@ -163,3 +172,20 @@ def test_decoding_stays_within_the_budget_of_all_heads_together(tmp_path: Path) 
         for token in range(1, 60):
             model(input_ids=torch.tensor([[token]]), past_key_values=cache)
             assert sum(map(sum, lengths(cache))) <= (64 + 16) * table.numel()
+
+
+UNEQUAL = (PyramidLayers(), TableLayers((0.7, 0.1, 0.1, 0.1), 8), PreferenceLayers(8), EntropyLayers(), LossStop(0.2))
+
+
+@pytest.mark.parametrize("layers", UNEQUAL, ids=lambda part: part.name)
+def test_with_layers_of_unequal_budgets_heads_compete_within_a_layer_or_are_refused(layers: LayerAllocator) -> None:
+    """Over the whole model, each layer would share out its own budget as if it were every layer's."""
+    table = ((9.0, 1.0), (8.0, 2.0), (1.0, 1.0), (0.5, 0.5))
+    plain = method("snapkv", window=8, budget=48).with_options(layers=layers)
+    with pytest.raises(RecipeError, match=f"heads=table shares room out over all layers, but layers={layers.name} giv"):
+        plain.with_options(heads=TableHeads(table, 1.05, 8))
+    recipe = plain.with_options(heads=TableHeads(table, 1.05, 8, within="layer"))
+    model, ids = deep(4), text(1, LENGTH)
+    ours = lengths(read(model, ids, recipe))
+    assert list(map(sum, ours)) == list(map(sum, lengths(read(model, ids, plain))))  # each layer its own room
+    assert ours[0][0] > ours[0][1]

@@ -12,8 +12,8 @@ from tests.views import eager_rows
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvthrift import Cache, Recipe, method, prefill
-from kvthrift.allocate import PageLayers
+from kvthrift import Budget, BudgetError, Cache, OptionError, Recipe, method, prefill
+from kvthrift.allocate import PageLayers, pages
 from kvthrift.allocate.pages import page_costs
 from kvthrift.score import AttentionPower, WindowAttention
 
@@ -127,6 +127,39 @@ def test_metrics_are_the_squared_sums_of_eager_rows(name: str, form: str) -> Non
         )  # fmt: skip
 
 
+def test_averages_are_over_the_queries_that_counted() -> None:
+    model, ids = tiny("llama"), text(1, N)
+    recipe = method("kv_compress", budget=BUDGET, full=True, average=True, every=1000)
+    cache = prefill(model, ids, observe=[recipe, Recipe("window", WindowAttention(N))])
+    for layer in cache.state.layers:
+        assert layer.store is not None
+        assert layer.window is not None
+        assert layer.window.queries is not None
+        assert layer.window.positions is not None
+        rows = eager_rows(
+            layer.window.queries, layer.store.read().keys, q_positions=layer.window.positions,
+            k_positions=layer.store.positions(), lengths=torch.full((1, 2), N), scale=layer.scale,
+        ).square()  # fmt: skip
+        counts = torch.arange(N)[:, None] - torch.arange(N) >= 10  # [W, T]
+        wanted = rows.masked_fill(~counts, 0.0).sum(dim=(2, 3)) / counts.sum(dim=0).clamp(min=1)
+        found = recipe.scorer.score(layer.stored_view(cache.state))
+        torch.testing.assert_close(found, wanted.float(), atol=1e-6, rtol=1e-4)
+    plain = method("kv_compress", budget=BUDGET, full=True)
+    assert held(read(model, ids, plain)) != held(read(model, ids, recipe))
+    with pytest.raises(OptionError, match="average=True needs window=0: over the same 8 queries"):
+        method("kv_compress", average=True)
+
+
+def test_sinks_and_a_protected_window_of_its_own() -> None:
+    recipe = method("kv_compress", budget=BUDGET, sinks=3, protected=20)
+    for layer in held(read(tiny("llama"), text(1, N), recipe)):
+        for places in layer:
+            assert {*range(3), *range(N - 20, N)} <= set(places)
+    assert method("kv_compress", full=True).protect.recent == 32
+    with pytest.raises(BudgetError, match="always keeps 3 sinks and 20 recent"):
+        Cache(tiny("llama").config, recipe.with_options(budget=Budget.parse(22)))
+
+
 def test_laying_entries_out_anew_changes_no_output() -> None:
     model, ids = tiny("llama"), text(1, N)
     caches = [prefill(model, ids) for _ in range(2)]
@@ -204,3 +237,60 @@ def test_sequences_are_compressed_for_themselves() -> None:
             assert ours.store is not None
             assert theirs.store is not None
             assert ours.store.lengths[b].tolist() == theirs.store.lengths[0].tolist()
+
+
+@pytest.mark.parametrize("even", ["layers", "heads"])
+@pytest.mark.parametrize("seed", range(3))
+def test_even_forms_free_as_many_pages_in_each(even: str, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    tables = [torch.rand(1, 2, 40, generator=rng) * (1 + 5 * n) for n in range(3)]  # the first layers are cheap
+    free = torch.tensor(shared(tables, 16, 8))
+    found = torch.tensor(shared(tables, 16, 8, even=even))
+    assert int(found.sum()) == int(free.sum()) == 3 * 2 * 16
+    assert free.sum(dim=1).tolist() != [32] * 3  # or this shows nothing
+    assert (found if even == "heads" else found.sum(dim=1)).unique().tolist() == [16 if even == "heads" else 32]
+    odd = torch.tensor(shared(tables, 20, 8, even=even, rounding="up", empties=True))
+    assert int(odd.sum()) == 6 * 24
+
+
+def test_even_frees_elsewhere_what_protected_pages_cannot() -> None:
+    tables = [torch.full((1, 1, 16), float("inf")), torch.arange(16.0)[None, None]]
+    assert shared(tables, 8, 4, even="layers", empties=True) == [[16], [0]]
+    assert shared(tables, 12, 4, even="layers") == [[16], [8]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 500), st.booleans())
+def test_how_many_are_sorted_at_a_time_changes_nothing(seed: int, ranked: int, even: bool) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    tables = [(8 * torch.rand(2, 3, 40, generator=rng)).round() for _ in range(3)]  # with ties
+    options = {"even": "layers"} if even else {}
+    both = [
+        PageLayers(8, ranked=most, **options).share(tables, torch.tensor([16, 24]))  # type: ignore[arg-type]
+        for most in (ranked, 5_000_000)
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
+
+
+def test_no_more_is_sorted_at_a_time_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    plain = pages.page_costs
+
+    def watched(table: Tensor, lengths: Tensor, page: int) -> Tensor:
+        seen.append(table.numel())
+        return plain(table, lengths, page)
+
+    monkeypatch.setattr(pages, "page_costs", watched)
+    PageLayers(8, ranked=100).share([torch.rand(2, 3, 40) for _ in range(3)], torch.tensor([16, 16]))
+    assert seen == [80, 80, 80, 80, 40] * 2
+
+
+def test_a_recipe_takes_its_further_forms() -> None:
+    recipe = method("kv_compress", even="layers", ranked=100, budget=BUDGET)
+    assert recipe.layers == PageLayers(16, even="layers", ranked=100)
+    lengths = [sum(map(len, layer)) for layer in held(read(tiny("gpt_neox"), text(1, N), recipe))]
+    assert lengths == [4 * BUDGET] * 3
+    with pytest.raises(OptionError, match="ranked=0"):
+        method("kv_compress", ranked=0)
+    with pytest.raises(OptionError, match="even"):
+        method("kv_compress", even="odd")

@@ -34,6 +34,16 @@ def test_composites_of_the_worked_example_and_three_of_six() -> None:
     assert order[:, 0].tolist() == [0, 2]  # head 0 keeps token 0, head 1 token 2, in the same slot
 
 
+def test_composites_may_be_the_largest_of_the_heads() -> None:
+    uneven = torch.tensor([[[9.0, 0, 0], [0, 1, 0]]])
+    assert CompositeLayers.offers(uneven, "max").tolist() == [[9, 0, 0]]
+    assert CompositeLayers.offers(uneven).tolist() == [[5, 0, 0]]
+    tables = [torch.tensor([[[9.0, 4, 0], [0, 0, 0]]]), torch.full((1, 2, 3), 3.0)]
+    assert share(CompositeLayers(False, joined="max"), tables, 2) == [2, 2]  # 9, 4 against 3, 3
+    assert share(CompositeLayers(False), tables, 2) == [1, 3]  # 4.5, 2 against 3, 3
+    assert method("kvcompose", composite="max").layers == CompositeLayers(joined="max")
+
+
 def test_the_first_layer_keeps_the_most() -> None:
     offers = torch.tensor([[[3.0, 2, 2], [2, 2, 2]]])  # the first layer's are the most of both
     for room, counts in ((3, [2, 1]), (4, [2, 2]), (5, [3, 2])):  # ties go by rank, then by layer

@@ -13,7 +13,7 @@ from tests.models import config, text, tiny
 from tests.reading import held, read
 from tests.views import layer_view
 
-from kvthrift import Cache, CalibrationError, ModelMismatchError, OptionError, Recipe, method
+from kvthrift import Cache, CalibrationError, ModelMismatchError, OptionError, Recipe, method, prefill
 from kvthrift.calibrate import load
 from kvthrift.calibrate.surrogate import KIND
 from kvthrift.core import Rope
@@ -127,6 +127,28 @@ def test_a_cut_run_goes_on_to_the_same_file(tmp_path: Path) -> None:
     again = measure_surrogate(model, Spelling(), tmp_path / "cut", samples=3, length=150)  # type: ignore[arg-type]
     assert torch.equal(again.tensors["weights"], whole.tensors["weights"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def test_it_may_be_fitted_to_kvzip_plus(tmp_path: Path) -> None:
+    model = tiny("llama")
+    plain, plus = (
+        measure_surrogate(model, Spelling(), tmp_path / str(x), samples=8, length=200, plus=x)  # type: ignore[arg-type]
+        for x in (False, True)
+    )
+    assert not torch.equal(plain.tensors["weights"], plus.tensors["weights"])
+    assert "target" not in plain.meta.provenance
+    assert plus.meta.provenance["target"] == "kvzip+"
+    recipe = method("kvzap", calibration=str(tmp_path / "True"), budget=50, window=8)
+    whole = prefill(model, text(1, 200), observe=[method("kvzip", plus=True), recipe])
+    scorer, alike = method("kvzip", plus=True).scorer, list[float]()
+    for number, layer in enumerate(whole.state.layers):
+        view = layer.stored_view(whole.state)
+        view.rope = whole._facts()[number].rope()
+        target = layer.second_pass[scorer.look][0, :, 4:].log()  # type: ignore[attr-defined]
+        found = recipe.scorer.score(view)[0, :, 4:].log()
+        for one, other in zip(found, target, strict=True):
+            alike.append(float(torch.corrcoef(torch.stack((one, other)))[0, 1]))
+    assert sum(alike) / 4 > 0.4
 
 
 def test_passages_too_few_for_a_fit_are_refused(tmp_path: Path) -> None:

@@ -129,6 +129,14 @@ def test_whole_heads_that_do_not_fit_are_fewer() -> None:
     assert [n == 400 for n in counts_of(view, 60, beta=0.5, last=4.0)].count(True) == 0
 
 
+def test_having_fewer_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="kvthrift"):
+        counts_of(view_of(), 300, beta=0.5, last=4.0)
+        assert not caplog.messages
+        counts_of(view_of(), 100, beta=0.5, last=4.0)
+    assert caplog.messages == ["layer 0: room for 1 of 4 whole heads."]
+
+
 def test_a_layer_of_a_model_uses_its_own_depth() -> None:
     recipe = method("task_kv", budget=150, beta=1.0, last=0.0, sinks=4, recent=16, window=16)
     found = held(read(deep(3), text(1, 280), recipe))

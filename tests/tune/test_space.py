@@ -6,7 +6,7 @@ import pytest
 from tests.reading import deep
 
 from kvthrift import BudgetError, KvthriftError, OptionError, Recipe, RecipeError, UnknownNameError, method
-from kvthrift.allocate import BudgetLayers
+from kvthrift.allocate import BudgetLayers, TableHeads
 from kvthrift.methods import methods
 from kvthrift.tune.aim import Aim
 from kvthrift.tune.options import numeric_options, option_dim, with_option
@@ -14,6 +14,7 @@ from kvthrift.tune.plan import plan
 from kvthrift.tune.space import BUDGET
 
 SNAPKV = method("snapkv", budget=64, window=8)
+HEADS = SNAPKV.with_options(heads=TableHeads(((1.0, 2.0),) * 4))
 
 
 def planned(recipe: Recipe = SNAPKV, *vary: str, objective: str = "agreement", free: bool = True, page: int = 16):
@@ -99,6 +100,7 @@ def test_layers_left_whole_are_not_searched() -> None:
     [
         (method("full"), (), "keeps everything, so there is nothing to tune"),
         (method("pyramidkv", budget=64), ("layers",), "decides budgets by layer itself"),
+        (HEADS, ("layers",), "shares room out over the heads of all layers"),
         (method("snapkv", budget=200), (), "nothing goes and every recipe is the same"),
         (SNAPKV, ("scorer.kernel=9:3",), "no room to vary"),
         (SNAPKV, ("scorer.kernel=9:31",), "outside the range"),

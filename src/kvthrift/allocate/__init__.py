@@ -4,6 +4,7 @@ Two questions, two kinds of part, combined freely. Knows nothing of how scores a
 """
 
 from kvthrift.allocate.base import HeadAllocator, LayerAllocator, UniformHeads, UniformLayers
+from kvthrift.allocate.deleted import DeletedHeads
 from kvthrift.allocate.groups import GroupHeads
 from kvthrift.allocate.heads import AdaptiveHeads, TableHeads
 from kvthrift.allocate.joint import CompositeLayers, PoolLayers
@@ -14,11 +15,14 @@ from kvthrift.allocate.semantic import SemanticHeads
 from kvthrift.allocate.share import share_out
 from kvthrift.allocate.stop import LossStop
 from kvthrift.allocate.table import TableLayers
+from kvthrift.allocate.threshold import ThresholdHeads, ThresholdLayers
+from kvthrift.allocate.whole import WholeHeads
 
 __all__ = [
     "AdaptiveHeads",
     "BudgetLayers",
     "CompositeLayers",
+    "DeletedHeads",
     "EntropyLayers",
     "GroupHeads",
     "HeadAllocator",
@@ -31,7 +35,10 @@ __all__ = [
     "SemanticHeads",
     "TableHeads",
     "TableLayers",
+    "ThresholdHeads",
+    "ThresholdLayers",
     "UniformHeads",
     "UniformLayers",
+    "WholeHeads",
     "share_out",
 ]

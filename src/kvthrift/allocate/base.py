@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvthrift.allocate.share import Ints
 from kvthrift.core import LayerView, Signals
 from kvthrift.part import Part
 
@@ -40,7 +41,7 @@ class LayerAllocator(Part, kind="layers"):
 
         Args:
             view: the layer.
-            per_head: ``[B]`` int64, the mean over all layers, protected entries included.
+            per_head: ``[B]`` int64 on the CPU, the mean over all layers, protected entries included.
             protected: entries per head that are always kept.
         """
         return per_head
@@ -88,6 +89,26 @@ class HeadAllocator(Part, kind="heads"):
         """Whether cutting by the same scores in several steps keeps what cutting at once to the last would keep."""
         return False
 
+    @property
+    def modelwide(self) -> bool:
+        """Whether heads of all layers share the room, so that layers must have equal budgets."""
+        return False
+
+    @property
+    def exact(self) -> bool:
+        """Whether the heads' entries add up to ``per_head * H``, or to all there are where that is less, in any case.
+
+        That must hold wherever ``per_head`` is no less than what is protected.
+        """
+        return False
+
+    def known(self, per_head: Ints, view: LayerView) -> Ints | None:
+        """What :meth:`split` will say, where that takes no look at scores, on the host: ``[B, H]``; else None.
+
+        It may be more than a head's entries.
+        """
+        return None
+
     @abstractmethod
     def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
         """Entries of each head ``[B, H]`` int64, at most ``view.lengths``, at least 1.
@@ -115,6 +136,9 @@ class UniformHeads(HeadAllocator, name="uniform"):
     @property
     def nested(self) -> bool:
         return True
+
+    def known(self, per_head: Ints, view: LayerView) -> Ints | None:
+        return per_head.clip(min=1)[:, None].repeat(view.lengths.shape[1], axis=1)
 
     def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
         return torch.minimum(per_head[:, None].clamp(min=1), view.lengths)

@@ -67,19 +67,29 @@ class GroupHeads(HeadAllocator, name="groups"):
         sizes = "/".join(f"{size:g}" for size in self.sizes)
         return f"{self.name}({len(self.labels)} layers, sizes={sizes})"
 
-    def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
-        heads = scores.shape[1]
+    def known(self, per_head: Ints, view: LayerView) -> Ints:
+        heads = view.lengths.shape[1]
         sizes = np.asarray(self.sizes, dtype=np.float64)[self._labels(view, heads)]
         counts = [
             group_counts(int(mean) * heads, sizes, caps, max(self.protected, 1))
-            for mean, caps in zip(per_head.tolist(), view.lengths.cpu().numpy(), strict=True)
+            for mean, caps in zip(per_head, view.counted, strict=True)
         ]
-        return torch.from_numpy(np.stack(counts)).to(scores.device)
+        return np.stack(counts)
+
+    def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
+        return torch.from_numpy(self.known(per_head.cpu().numpy(), view)).to(scores.device)
 
     def _labels(self, view: LayerView, heads: int) -> list[int]:
+        return self.group_of(view.numbers[view.layer] if view.numbers else view.layer, heads)
+
+    def group_of(self, number: int, heads: int) -> list[int]:
+        """The group of each of the KV ``heads`` of the model's own layer ``number``.
+
+        Raises:
+            ModelMismatchError: the table has no such layer, or another count of heads.
+        """
         if not self.labels:
             return [head % len(self.sizes) for head in range(heads)]
-        number = view.numbers[view.layer] if view.numbers else view.layer
         if number >= len(self.labels) or len(self.labels[number]) != heads:
             raise ModelMismatchError(
                 f"the table of head groups is for {len(self.labels)} layers of {len(self.labels[0])} KV heads, but "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,6 +43,10 @@ class AdaptiveHeads(HeadAllocator, name="adaptive"):
     def nested(self) -> bool:
         return self.blend is None
 
+    @property
+    def exact(self) -> bool:
+        return self.blend is None
+
     def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
         b, h, t = scores.shape
         floor = (per_head.double() * (0.0 if self.blend is not None else self.safeguard)).floor().long().clamp(min=1)
@@ -54,8 +59,7 @@ class AdaptiveHeads(HeadAllocator, name="adaptive"):
             return counts
         wanted = self.blend * counts.double() + (1 - self.blend) * per_head[:, None].double()
         rows = [
-            share_out(int(n), w, c)
-            for n, w, c in zip(total.tolist(), wanted.cpu().numpy(), view.lengths.cpu().numpy(), strict=True)
+            share_out(int(n), w, c) for n, w, c in zip(total.tolist(), wanted.cpu().numpy(), view.counted, strict=True)
         ]
         return torch.from_numpy(np.stack(rows)).to(scores.device)
 
@@ -67,6 +71,7 @@ class TableHeads(HeadAllocator, name="table"):
     With mean budget C (protected entries aside), ``floor(C / beta)`` entries per head go into a pool that is
     shared out by importance over the whole model, and the rest is every head's own. Smaller ``beta`` shares out
     more. Entries that rounding or a short text would lose go to other heads by weight, so that the mean is C.
+    ``within="layer"`` shares each layer's room out over its own heads, which layers with budgets of their own need.
 
     ``importance[l][h]`` is non-negative, ``l`` the model's own number of a layer; rows of layers that are left
     whole are not read. ``model`` is the fingerprint of the model it was measured on.
@@ -76,6 +81,7 @@ class TableHeads(HeadAllocator, name="table"):
     beta: float = 1.2
     protected: int = 0
     model: str = ""
+    within: Literal["model", "layer"] = "model"
 
     def __post_init__(self) -> None:
         require(self.beta >= 1, f"beta={self.beta} must be at least 1.")
@@ -103,13 +109,22 @@ class TableHeads(HeadAllocator, name="table"):
         caps = np.full(table.size, max(length - floor, 0), dtype=np.int64)
         return (share_out(pooled * table.size, table.reshape(-1), caps) + floor).reshape(table.shape)
 
-    def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
-        numbers = self._rows(view, scores.shape[1])
+    @property
+    def modelwide(self) -> bool:
+        return self.within == "model"
+
+    def known(self, per_head: Ints, view: LayerView) -> Ints:
+        numbers, mine = self._rows(view, view.lengths.shape[1]), view.layer
+        if self.within == "layer":
+            numbers, mine = numbers[mine : mine + 1], 0
         rows = [
-            self.capacities(int(mean), int(length), numbers)[view.layer]
-            for mean, length in zip(per_head.tolist(), view.seen.tolist(), strict=True)
+            self.capacities(int(mean), length, numbers)[mine]
+            for mean, length in zip(per_head, view.tokens, strict=True)
         ]
-        counts = torch.from_numpy(np.stack(rows)).to(scores.device).clamp(min=1)
+        return np.stack(rows).clip(min=1)
+
+    def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
+        counts = torch.from_numpy(self.known(per_head.cpu().numpy(), view)).to(scores.device)
         return torch.minimum(counts, view.lengths)
 
     def _rows(self, view: LayerView, heads: int) -> tuple[int, ...]:

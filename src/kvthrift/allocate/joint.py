@@ -70,13 +70,14 @@ class PoolLayers(LayerAllocator, name="pool"):
 class CompositeLayers(LayerAllocator, name="composite"):
     """Layers compete with composite tokens: the mean over heads of each head's r-th best score (2509.05165).
 
-    All heads of a layer get as many entries. With ``first_most`` the first layer takes, rank by rank, the most that any
-    layer offers, so that it keeps at least as many as any other (as the published code does for runtimes that size
-    masks by it). Every layer keeps ``floor`` entries a head.
+    ``joined="max"`` takes the largest of them instead. All heads of a layer get as many entries. With ``first_most``
+    the first layer takes, rank by rank, the most that any layer offers, so that it keeps at least as many as any other
+    (as the published code does for runtimes that size masks by it). Every layer keeps ``floor`` entries a head.
     """
 
     first_most: bool = True
     floor: int = 1
+    joined: Literal["mean", "max"] = "mean"
     scope: ClassVar[Literal["layer", "model", "joint"]] = "joint"
 
     def __post_init__(self) -> None:
@@ -84,7 +85,8 @@ class CompositeLayers(LayerAllocator, name="composite"):
 
     def share(self, contests: Sequence[Tensor], per_head: Tensor) -> list[Tensor]:
         longest = max(x.shape[-1] for x in contests)
-        board = torch.stack([F.pad(self.offers(x), (0, longest - x.shape[-1]), value=_ABSENT) for x in contests], dim=1)
+        offered = [self.offers(x, self.joined) for x in contests]
+        board = torch.stack([F.pad(x, (0, longest - x.shape[-1]), value=_ABSENT) for x in offered], dim=1)
         if self.first_most:
             board = torch.cat((board.amax(dim=1, keepdim=True), board[:, 1:]), dim=1)  # [B, L, T]
         floor = torch.arange(longest, device=board.device) < torch.minimum(per_head, torch.tensor(self.floor))[:, None]
@@ -93,9 +95,11 @@ class CompositeLayers(LayerAllocator, name="composite"):
         return list(winners(board, room).unbind(dim=1))
 
     @staticmethod
-    def offers(contest: Tensor) -> Tensor:
+    def offers(contest: Tensor, joined: Literal["mean", "max"] = "mean") -> Tensor:
         """A layer's composite scores ``[B, T]``, best rank first; ``-inf`` where no head has so many entries."""
         ranked = contest.sort(dim=-1, descending=True).values
+        if joined == "max":
+            return ranked.amax(dim=1)
         there = ranked > _ABSENT
         total = ranked.masked_fill(~there, 0.0).sum(dim=1) / there.sum(dim=1).clamp(min=1)
         return total.masked_fill(~there.any(dim=1), _ABSENT)

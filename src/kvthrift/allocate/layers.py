@@ -66,7 +66,7 @@ class PyramidLayers(LayerAllocator, name="pyramid"):
     def total(self, view: LayerView, per_head: Tensor, protected: int) -> Tensor:
         schedule = pyramid if self.published_rounding else exact_pyramid
         totals = []
-        for budget, length in zip(per_head.tolist(), view.seen.tolist(), strict=True):
+        for budget, length in zip(per_head.tolist(), view.tokens, strict=True):
             if length <= budget or budget <= protected:
                 totals.append(budget)
                 continue

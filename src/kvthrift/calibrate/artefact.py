@@ -124,18 +124,19 @@ def load(path: str | Path, *, kind: str) -> Artefact:
     return Artefact(meta, tensors)
 
 
-def load_named(name: str, *, method: str, kind: str) -> Artefact:
+def load_named(name: str, *, method: str, kind: str, remedy: str = "") -> Artefact:
     """The artefact of that name that is shipped for a method, or the one in that file.
+
+    ``remedy`` says how to make one where 'kvthrift calibrate' does not.
 
     Raises:
         CalibrationError: there is neither, or the file is not one; see :func:`load`.
     """
-    shipped = calibrations(method)
+    shipped, made = calibrations(method), f"Make one with 'kvthrift calibrate {method}' and give that file."
     if name not in shipped and not Path(name).expanduser().exists():
         raise CalibrationError(
             f"calibration {name!r} is neither a file nor shipped for {method} (shipped: "
-            f"{', '.join(sorted(shipped)) or 'none'}). Make one with 'kvthrift calibrate {method}' and give "
-            "that file."
+            f"{', '.join(sorted(shipped)) or 'none'}). {remedy or made}"
         )
     with ExitStack() as stack:
         path = stack.enter_context(as_file(shipped[name])) if name in shipped else Path(name).expanduser()

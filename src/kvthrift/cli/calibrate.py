@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,15 +18,18 @@ from kvthrift.cli.files import read_text
 from kvthrift.cli.progress import Bars
 from kvthrift.errors import UnknownNameError
 from kvthrift.integrations.transformers.calibrate import measure_heads
+from kvthrift.integrations.transformers.head_scores import measure_head_scores
 from kvthrift.integrations.transformers.loading import load_model
 from kvthrift.integrations.transformers.measuring import measure_entropy, measure_retrieval
 from kvthrift.integrations.transformers.surrogates import measure_surrogate
 
-METHODS = {
+METHODS: dict[str, Callable[..., Artefact]] = {
     "headkv": measure_heads,
     "compresskv": measure_retrieval,
     "uncomp": measure_entropy,
     "kvzap": measure_surrogate,
+    "kvzap-plus": partial(measure_surrogate, plus=True),
+    "kvzip": measure_head_scores,
 }
 SHOWN = 10
 
@@ -65,8 +69,9 @@ def calibrate(
 ) -> None:
     """Measure a model once, for methods that share room out or choose by what its heads and layers are good for.
 
-    Takes a forward pass a test, for compresskv some words that the model says, for kvzap a second reading. A run that
-    is cut short keeps its results beside FILE, and goes on from them when it is started again.
+    Takes a forward pass a test, for compresskv some words that the model says, for kvzap and kvzip (its form of whole
+    heads) a second reading; kvzap-plus is kvzap fitted to KVzip+ scores. A run that is cut
+    short keeps its results beside FILE, and goes on from them when it is started again.
     """
     if method not in METHODS:
         raise UnknownNameError("method to calibrate for", method, METHODS)
@@ -85,8 +90,11 @@ def calibrate(
 def _show(console: Console, found: Artefact, out: Path) -> None:
     """What the measurement says of heads or layers, and where the file is."""
     facts = found.meta.provenance
-    if "importance" in found.tensors:
-        _show_heads(console, found.tensors["importance"])
+    if "importance" in found.tensors and "counted" not in facts:
+        _show_heads(console, found.tensors["importance"], ".3f")
+        console.print(f"Measured on {facts['samples']} passages of {facts['length']} tokens, read twice.")
+    elif "importance" in found.tensors:
+        _show_heads(console, found.tensors["importance"], ".1%")
         said = (
             f"{facts['counted']} of {facts['steps']} answer tokens, those that the model found, in {facts['samples']}"
         )
@@ -95,7 +103,7 @@ def _show(console: Console, found: Artefact, out: Path) -> None:
         _show_layers(console, found.tensors["heads"], found.tensors["layer_error"])
         console.print(f"Heads ranked by {facts['found']} of {facts['samples']} tests, those that the model answered.")
     elif "explained" in found.tensors:
-        _show_explained(console, found.tensors["explained"])
+        _show_explained(console, found.tensors["explained"], "KVzip+" if "target" in facts else "KVzip")
         console.print(f"Fitted on {facts['samples']} passages of {facts['length']} tokens, read twice.")
     else:
         _show_entropy(console, found.tensors["entropy"].mean(dim=0))
@@ -103,10 +111,10 @@ def _show(console: Console, found: Artefact, out: Path) -> None:
     console.print(f"Written to {out}; use it with -m {found.meta.method} -o calibration={out}", soft_wrap=True)
 
 
-def _show_heads(console: Console, importance: Tensor) -> None:
+def _show_heads(console: Console, importance: Tensor, form: str) -> None:
     order = importance.flatten().argsort(descending=True, stable=True)[:SHOWN].tolist()
     console.print(f"The {len(order)} most important of {importance.numel()} KV heads")
-    rows = [(*divmod(place, importance.shape[1]), f"{importance.flatten()[place]:.1%}") for place in order]
+    rows = [(*divmod(place, importance.shape[1]), f"{importance.flatten()[place]:{form}}") for place in order]
     console.print(_table(("layer", "head", "importance"), rows))
 
 
@@ -123,8 +131,8 @@ def _show_entropy(console: Console, entropy: Tensor) -> None:
     console.print(_table(("layer", "lowest", "mean", "highest"), rows))
 
 
-def _show_explained(console: Console, explained: Tensor) -> None:
-    console.print(f"Variance of KVzip's log scores explained in {explained.numel()} KV heads: {explained.mean():.1%}")
+def _show_explained(console: Console, explained: Tensor, name: str) -> None:
+    console.print(f"Variance of {name}'s log scores explained in {explained.numel()} KV heads: {explained.mean():.1%}")
     rows = [(n, f"{row.min():.3f}", f"{row.mean():.3f}", f"{row.max():.3f}") for n, row in enumerate(explained)]
     console.print(_table(("layer", "lowest", "mean", "highest"), rows))
 

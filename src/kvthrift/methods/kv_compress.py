@@ -3,9 +3,12 @@
 from typing import Literal
 
 from kvthrift.allocate import PageLayers
+from kvthrift.calibrate import load_named
+from kvthrift.calibrate.bins import KIND, biases
 from kvthrift.methods.registry import published
+from kvthrift.part import require
 from kvthrift.recipe import Protect, Recipe, Trigger
-from kvthrift.score import AttentionPower
+from kvthrift.score import AttentionPower, PositionBias, Scorer
 
 
 @published("kv_compress", title="KV-Compress", paper="2410.00161")
@@ -17,6 +20,13 @@ def kv_compress(
     kernel: int = 7,
     rounding: Literal["down", "up"] = "down",
     continual: bool = False,
+    even: Literal["none", "layers", "heads"] = "none",
+    bias: str = "",
+    bias_weight: float = 0.0,
+    ranked: int = 5_000_000,
+    average: bool = False,
+    sinks: int = 0,
+    protected: int = 0,
 ) -> Recipe:
     """Keeps entries with the largest squared attention, and frees the cheapest pages of the whole model.
 
@@ -32,13 +42,28 @@ def kv_compress(
         squared: sum squares of attention; else attention itself.
         kernel: neighbours that share a score (odd).
         rounding: of a budget that is no multiple of a page; the paper rounds up, which exceeds it.
-        continual: add every decode step's attention, and compress at each.
+        continual: add every decode step's attention, and compress at each (``every`` sets another interval).
+        even: free as many pages in every layer, or in every head.
+        bias: a file of biases to add to the sums, by head and bin of positions (see kvthrift.calibrate.bins); none by
+            default.
+        bias_weight: what these are multiplied by; 0 in the paper's main runs.
+        ranked: entries that are sorted at a time (5M in its server, which leaves further sequences for a later
+            iteration; here they take turns at once, and the choice is the same).
+        average: divide sums by the queries that counted; with ``full`` only, for over a window it changes no order.
+        sinks: first entries that stay; none in the paper's runs.
+        protected: newest entries that stay, if not those said above (its server protects 64 to 100); 0 for those.
     """
-    scorer = AttentionPower(squared, 0, 10, 1) if full else AttentionPower(squared, window, 0, kernel)
+    require(bool(bias) or not bias_weight, f"bias_weight={bias_weight} weighs a table that was not given. Give bias.")
+    asked = AttentionPower(squared, 0, 10, 1, average) if full else AttentionPower(squared, window, 0, kernel, average)
+    scorer: Scorer = asked
+    if bias:
+        how = "Write a table of the kind that kvthrift.calibrate.bins describes, and give that file."
+        table = load_named(bias, method="kv_compress", kind=KIND, remedy=how)
+        scorer = PositionBias(scorer, *biases(table), bias_weight, table.meta.model)
     return Recipe(
         "kv_compress",
         scorer=scorer,
-        layers=PageLayers(page, rounding),
-        protect=Protect(recent=32 if full else window),
+        layers=PageLayers(page, rounding, even=even, ranked=ranked),
+        protect=Protect(sinks, protected or (32 if full else window)),
         trigger=Trigger(every=1 if continual else None),
     )

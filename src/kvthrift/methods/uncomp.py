@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from kvthrift.allocate import GroupHeads, TableLayers, UniformLayers
+from kvthrift.allocate import DeletedHeads, GroupHeads, TableLayers, UniformLayers
 from kvthrift.calibrate import load_named
 from kvthrift.calibrate.entropy import (
     KIND,
@@ -44,14 +44,23 @@ def uncomp(
     group: Literal["mean", "max", "sum"] = "mean",
     staged: int = 0,
     decode: bool = False,
+    deleted: bool = False,
 ) -> Recipe:
     """Gives heads whose queries use more directions more room, then chooses as SnapKV does.
 
     Heads are sorted offline into as many groups as ``sizes`` names; sizes are proportions, scaled so that the mean is
     the budget (at the mean they were published for, they are the sizes themselves). The paper groups query heads over
-    repeated keys; here a KV head is one unit. Higher entropy keeps more, as in the authors' code. ``decode`` evicts
-    one entry for each new one; the attention of the last queries is taken over what is held then, not carried along.
-    ``staged`` shares room out over layers by the lengths of the paper's staged prefill; prefill itself drops nothing.
+    repeated keys; here a KV head is one unit. Higher entropy keeps more, as in the authors' code. Of a short text,
+    heads leave to others what they cannot fill (the code halves the small group's), and none falls below the window.
+    ``decode`` evicts one entry for each new one; the attention of the last queries is taken over what is held then,
+    not carried along, and neighbours are those in the text.
+    ``staged`` shares room out over layers by the lengths of the paper's staged prefill; prefill itself drops nothing,
+    for an attention interface cannot take tokens out of the hidden states that later layers are given.
+
+    Extreme forms: a small first size (``sizes="8/512"`` with a budget of 260) leaves the lowest group its window; with
+    ``deleted`` its heads are given up, and once something has been dropped the output of the head of the layer with the
+    most similar keys (mean cosine of the window's, at the end of what was compressed) takes the place of theirs. Such
+    heads still hold the window and what is decoded behind it, to which nothing attends.
 
     Args:
         calibration: "smollm2", shipped for the embedded model, or a file from 'kvthrift calibrate uncomp'.
@@ -62,6 +71,7 @@ def uncomp(
         group: how the scores of a KV head's query heads are joined.
         staged: the model's most tokens, of which layer groups keep less and less (4096 in the paper); 0 for no groups.
         decode: keep every head at its size at every decoded token too.
+        deleted: give the group of lowest entropy up; the others share the budget. Not in a server.
     """
     require(staged == 0 or staged > SHORTEST, f"staged={staged} must be 0, or more than {SHORTEST} tokens.")
     table = load_named(calibration, method="uncomp", kind=KIND)
@@ -77,7 +87,7 @@ def uncomp(
         "uncomp",
         scorer=WindowAttention(window=window, queries="sum", kernel=kernel, group=group),
         layers=layers,
-        heads=GroupHeads(labels, wanted, window, model),
+        heads=(DeletedHeads if deleted else GroupHeads)(labels, wanted, window, model),
         protect=Protect(recent=window),
         trigger=Trigger(every=1 if decode else None),
     )

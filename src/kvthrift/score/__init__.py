@@ -4,6 +4,7 @@ One idea a file. Knows nothing of budgets or of what is done with a score.
 """
 
 from kvthrift.score.base import Scorer
+from kvthrift.score.bins import PositionBias
 from kvthrift.score.chosen import ChosenHeads
 from kvthrift.score.column import AttentionReceived
 from kvthrift.score.ends import EndsFirst
@@ -28,6 +29,7 @@ __all__ = [
     "LagRelative",
     "LastQuery",
     "LinearSurrogate",
+    "PositionBias",
     "Recency",
     "Scorer",
     "SecondPassAttention",

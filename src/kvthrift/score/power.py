@@ -18,18 +18,24 @@ class AttentionPower(Scorer, name="attention_power"):
 
     Only the ``window`` newest queries of a prompt count (0: all), and none for entries fewer than ``buffer`` positions
     before it. Decode steps add theirs, unpooled. No mean and no scaling: layers and heads compete with raw sums.
-    ``squared=False`` sums the attention itself.
+    ``squared=False`` sums the attention itself. ``average`` divides by the queries that counted for an entry, of all
+    there were (over a window it would change no order).
     """
 
     squared: bool = True
     window: int = 8
     buffer: int = 0
     kernel: int = 7
+    average: bool = False
     is_mass: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.window >= 0, f"window={self.window} must be 0 (all) or more queries.")
         require(self.buffer >= 0, f"buffer={self.buffer} must be 0 or more positions.")
+        require(
+            not self.average or not self.window,
+            f"average=True needs window=0: over the same {self.window} queries for every entry it changes no order.",
+        )
         require(
             self.kernel >= 1 and self.kernel % 2 == 1, f"kernel={self.kernel} must be odd, so that it has a centre."
         )
@@ -46,4 +52,7 @@ class AttentionPower(Scorer, name="attention_power"):
     def score(self, view: LayerView) -> Tensor:
         if self.sums not in view.powers:
             raise ValueError("the runtime did not gather the sums of powers that were declared")
-        return view.powers[self.sums]
+        sums = view.powers[self.sums]
+        if not self.average:
+            return sums
+        return sums / (view.seen[:, None, None] - view.positions - self.buffer).clamp(min=1)

@@ -16,6 +16,8 @@ from kvthrift.score.base import Scorer
 class SecondPassAttention(Scorer, name="second_pass"):
     """Attention that an entry receives when the context is fed once more behind itself (2505.23416, 2509.05165).
 
+    With ``relative`` it is what that attention adds to the query's hidden state, as a share of it (2601.07891).
+
     The first options are those of :class:`kvthrift.core.SecondPass`: how much is repeated at a time, what the softmax
     runs over, how queries and the group are joined, and the words that ask for the repetition. With ``value_norm`` the
     result is multiplied by ||v||_2; with ``across_heads`` the mean over the layer's heads is then added once.
@@ -32,6 +34,8 @@ class SecondPassAttention(Scorer, name="second_pass"):
     reply: tuple[int, ...] = ()
     overlap: int = 8
     sees: Literal["all", "chunk"] = "all"
+    relative: bool = False
+    probe: tuple[int, ...] = ()
     value_norm: bool = False
     across_heads: bool = False
     is_mass: ClassVar[bool] = True
@@ -44,7 +48,11 @@ class SecondPassAttention(Scorer, name="second_pass"):
             self.sees == "all" or self.among == "chunk",
             'sees="chunk" needs among="chunk": what is not seen has no share of the softmax.',
         )
-        ids = (*self.first, *self.later, *self.reply)
+        require(
+            not self.probe or self.among == "all",
+            'a probe needs among="all": it repeats no chunk that its softmax could be confined to.',
+        )
+        ids = (*self.first, *self.later, *self.reply, *self.probe)
         require(min(ids, default=0) >= 0, f"token ids {ids} must be 0 or more.")
 
     @property
@@ -52,7 +60,7 @@ class SecondPassAttention(Scorer, name="second_pass"):
         """The second pass whose attention this is."""
         return SecondPass(
             self.chunk, self.among, self.queries, self.group, self.sinks, self.instructed, self.first, self.later,
-            self.reply, self.overlap, self.sees,
+            self.reply, self.overlap, self.sees, self.relative, self.probe,
         )  # fmt: skip
 
     @property

@@ -14,7 +14,7 @@ from kvthrift.part import Part, require
 from kvthrift.recipe import Protect, Recipe
 
 SLOTS = ("scorer", "layers", "heads", "unit", "refine", "merge", "protect")
-NO_OPTIONS = ("seed", "model")  # numbers whose size means nothing
+NO_OPTIONS = ("seed", "model", "ranked")  # numbers whose size means nothing to what is kept
 SPREAD = 4  # an option is tried from a fourth of what it is to four times that
 
 

@@ -138,6 +138,11 @@ def check_layers(recipe: Recipe) -> None:
     Raises:
         RecipeError: it does.
     """
+    if recipe.heads.modelwide:
+        raise RecipeError(
+            f"recipe {recipe.name} shares room out over the heads of all layers (heads={recipe.heads.name}), so there "
+            "are no budgets by layer to search. Vary its options, or take a recipe that gives all heads the same."
+        )
     if not isinstance(recipe.layers, (UniformLayers, BudgetLayers)) or recipe.reuse > 1:
         what = f"reuse={recipe.reuse}" if recipe.reuse > 1 else f"layers={recipe.layers.name}"
         raise RecipeError(

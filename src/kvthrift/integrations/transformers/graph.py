@@ -36,6 +36,8 @@ def obstacle(model: PreTrainedModel, cache: Cache) -> str | None:
         return "the model lies on several devices"
     if cache.recipe.trigger.every is not None and cache.state.needs != type(cache.state.needs)():
         return "the recipe looks at decoded tokens while they come (every=)"
+    if cache.state.needs.stand_ins:
+        return "which heads' outputs stand for which is looked up on the host"
     stores = (layer.store for layer in cache.state.layers)
     return next((why for store in stores if store is not None and (why := store.unfit)), None)
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from kvthrift.allocate import DeletedHeads
 from kvthrift.errors import CacheStateError, ModelMismatchError
 from kvthrift.integrations.transformers.attention import HANDLE, untraced
 from kvthrift.integrations.transformers.facts import config_fingerprint, module_facts
+from kvthrift.integrations.transformers.stand_ins import StandIns, taken_over
 
 if TYPE_CHECKING:
     from kvthrift.integrations.transformers.cache import Cache
@@ -34,6 +36,7 @@ class CacheLayer(CacheLayerMixin):
         self.place = place
         self._staged: tuple[Tensor, Tensor] | None = None
         self._module: weakref.ref[nn.Module] | None = None
+        self._standing: StandIns | None = None
 
     @property
     def owner(self) -> Cache:
@@ -94,9 +97,20 @@ class CacheLayer(CacheLayerMixin):
         k, v = staged
         if self.place == 0:
             self.owner.check_step(k.shape[2])
-        return self.owner.state.attend(
-            self.place, query.detach(), k, v, scale=scale, mask=mask, facts=module_facts(module)
-        )
+        state, one = self.owner.state, query.shape[2] == 1
+        before = None if one else self._stand_ins()  # a prompt is compressed behind its own attention,
+        out = state.attend(self.place, query.detach(), k, v, scale=scale, mask=mask, facts=module_facts(module))
+        return taken_over(out, self._stand_ins() if one else before)  # a decoded token before its own
+
+    def _stand_ins(self) -> Tensor | None:
+        """Which heads' outputs take the place of which; None where each has its own."""
+        state = self.owner.state
+        heads, look = state.recipe.heads, state.look
+        if not state.needs.stand_ins or look is not None or not isinstance(heads, DeletedHeads):
+            return None
+        if self._standing is None or self._standing.heads != heads:
+            self._standing = StandIns(heads, state.recipe.protect.sinks)
+        return self._standing.of(state.layers[self.place])
 
     def discard(self) -> None:
         """Let go of keys that the attention function refuses to attend to."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from kvthrift.core import SecondPass
 from kvthrift.errors import ContextError, MaskError
 from kvthrift.integrations.transformers.cache import Cache
+from kvthrift.integrations.transformers.facts import attention_modules
+from kvthrift.integrations.transformers.relative import RelativeLook
 from kvthrift.methods import method
 from kvthrift.recipe import Recipe
 from kvthrift.runtime.second_pass import SecondLook
@@ -96,10 +99,10 @@ def look_again(
             fork = cache.fork()
             if state.columns.padded:
                 fork.batch_select_indices(torch.tensor(rows))
-            look = SecondLook(wanted, int(lengths[rows[0]]))
+            look = _look(model, wanted, int(lengths[rows[0]]))
             for tokens in _passes(look, ids, words):
-                _feed(model, fork, look, tokens)
-                state.meter.saw(state.held + look.bytes)
+                most = _feed(model, fork, look, tokens)
+                state.meter.saw(state.held + max(most, look.bytes))
             for place, layer in enumerate(fork.state.layers):
                 found = look.scores(place, layer)
                 board = boards[layer.number]
@@ -111,8 +114,15 @@ def look_again(
         layer.second_pass[wanted] = boards[layer.number]
 
 
+def _look(model: PreTrainedModel, wanted: SecondPass, length: int) -> SecondLook:
+    return RelativeLook(wanted, length, attention_modules(model)) if wanted.relative else SecondLook(wanted, length)
+
+
 def _passes(look: SecondLook, ids: Tensor, words: Words) -> Iterator[Tensor]:
     """The tokens ``[B, N]`` of each pass; ``look`` is told which part of the context they repeat."""
+    if look.wanted.probe:
+        yield _row(look.wanted.probe, ids)
+        return
     length, first = ids.shape[1], min(look.wanted.sinks, ids.shape[1])
     chunk = look.wanted.chunk or max(length - first, 1)
     for begin in range(first, length, chunk):
@@ -127,16 +137,25 @@ def _row(tokens: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.tensor(tokens, dtype=like.dtype, device=like.device).expand(len(like), len(tokens))
 
 
-def _feed(model: PreTrainedModel, cache: Cache, look: SecondLook, tokens: Tensor) -> None:
-    """One pass behind the whole context, through a fork that is thrown away."""
+def _feed(model: PreTrainedModel, cache: Cache, look: SecondLook, tokens: Tensor) -> int:
+    """One pass behind the whole context, through a fork that is thrown away; bytes that it was looked at with."""
     check_length(model, look.length + tokens.shape[1])
-    fork, extra = cache.fork(), {}
+    extra: dict[str, Any] = {}
+    fork = cache.fork()
     if fork.state.columns.history is not None:  # one sequence of a padded batch: its padding is still a column
         known = torch.from_numpy(fork.state.columns.history).to(tokens.device)
         extra["attention_mask"] = torch.cat((known, torch.ones_like(tokens, dtype=torch.bool)), dim=1).long()
         extra["position_ids"] = look.length + torch.arange(tokens.shape[1], device=tokens.device)[None]
     fork.state.look = look
-    model(input_ids=tokens, past_key_values=fork, use_cache=True, logits_to_keep=1, **extra)
+    if isinstance(look, RelativeLook):
+        extra["output_hidden_states"] = True
+    told = model(input_ids=tokens, past_key_values=fork, use_cache=True, logits_to_keep=1, **extra)
+    most = look.bytes
+    if isinstance(look, RelativeLook):
+        hidden = told.hidden_states or ()
+        most += sum(t.numel() * t.element_size() for t in hidden)
+        look.weigh(hidden)
+    return most
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,14 +13,13 @@ from kvthrift.calibrate import Artefact
 from kvthrift.calibrate.heads import Progress
 from kvthrift.calibrate.surrogate import KIND, Sums
 from kvthrift.calibrate.take import Job, Result, take
-from kvthrift.core import SecondPass
 from kvthrift.integrations.transformers.cache import Cache
 from kvthrift.integrations.transformers.calibrate import subject
 from kvthrift.integrations.transformers.facts import attention_modules, module_facts
 from kvthrift.integrations.transformers.measuring import begin
 from kvthrift.integrations.transformers.second_pass import look_again
 from kvthrift.methods import method
-from kvthrift.score import SecondPassAttention
+from kvthrift.recipe import Recipe
 from kvthrift.score.surrogate import features
 
 ROOM = 64  # tokens of the words that ask for a repetition, at most
@@ -38,6 +36,7 @@ def measure_surrogate(
     text: str | None = None,
     force: bool = False,
     progress: Progress = None,
+    plus: bool = False,
 ) -> Artefact:
     """Fit every head's map from keys and values to KVzip's scores, and write it to a file (2601.07891, 2505.23416).
 
@@ -53,24 +52,23 @@ def measure_surrogate(
         text: what passages are cut from; the shipped text by default.
         force: replace a file that is there.
         progress: told how far it is.
+        plus: fit KVzip+'s scores, which the paper foretells.
 
     Raises:
         CalibrationError: the file is there, or the passages are too short or too few.
         ContextError: passage and repetition are longer than the model reads.
-        MissingSignalError: the model's rotary embedding is not known.
+        MissingSignalError: the model's rotary embedding is not known, or for KVzip+ its output projection.
         OptionError: ``samples`` is below 1.
         UnsupportedModelError: an architecture that kvthrift does not compress, or another attention implementation.
     """
     run = begin(model, tokenizer, text, samples, length, seed, needles=False, room=length + ROOM)
-    scorer = method("kvzip").scorer
-    assert isinstance(scorer, SecondPassAttention)
-    wanted, path = scorer.look, Path(f"{target}.sums")
+    recipe, path = method("kvzip", plus=plus), Path(f"{target}.sums")
 
     def read(number: int) -> Job:
         def job(_: list[Result]) -> Result:
             sums = Sums.load(path) if number else None
             if sums is None or sums.texts == number:  # else killed between this file and the other: it is in
-                for layer, x, y in _twice(model, tokenizer, run.passages[number], wanted):
+                for layer, x, y in _twice(model, tokenizer, run.passages[number], recipe):
                     sums = sums or Sums.zeros(subject(model).layers, len(x), x.shape[-1])
                     sums.add(layer, x, y)
                 assert sums is not None
@@ -82,20 +80,21 @@ def measure_surrogate(
 
     def finish(results: list[Result]) -> Artefact:
         weights, explained = Sums.load(path).solve()
-        meta = run.meta(KIND, "kvzap", samples=samples, explained=round(float(explained.mean()), 4))
+        more = {"target": "kvzip+"} if plus else {}
+        meta = run.meta(KIND, "kvzap", samples=samples, explained=round(float(explained.mean()), 4), **more)
         return Artefact(meta, {"weights": weights.float(), "explained": explained.float()})
 
-    settings = {"kind": KIND, "model": subject(model).fingerprint, **run.facts}
+    settings = {"kind": KIND, "model": subject(model).fingerprint, **run.facts, **({"plus": True} if plus else {})}
     found = take(target, settings, [read(n) for n in range(samples)], finish, force=force, progress=progress)
     path.unlink(missing_ok=True)
     return found
 
 
 def _twice(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], wanted: SecondPass
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], recipe: Recipe
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Number of a layer, features ``[H, N, F]`` and scores ``[H, N]`` of its entries behind the sinks."""
-    recipe = replace(method("kvzip"), budget=None)
+    wanted = recipe.needs.second_pass[0]
     cache = Cache(model.config, method("full"), observe=[recipe])
     tokens = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
