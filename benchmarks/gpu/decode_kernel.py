@@ -139,7 +139,7 @@ def check_coded(q: Tensor, paged: Paged, out: Tensor) -> None:
         wanted = (folded[row] @ k.T * SCALE).softmax(-1) @ v
         # An average of many random values is small: what it is off by is told by the size of one value.
         off = float((found[row] - wanted).square().mean().sqrt() / v.square().mean().sqrt())
-        assert off < 5e-4, f"row {row} of {coded.format.name} is off by {off:.2%} of a value"
+        assert off < 2e-3, f"row {row} of {coded.format.name} is off by {off:.2%} of a value"
 
 
 def coded_us(

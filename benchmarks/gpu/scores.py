@@ -6,7 +6,7 @@ Heads as in Llama-3.1-8B (32 query heads, 8 KV heads, 128 wide, bf16), random. T
 bandwidth needs for what must be read and written once, or that the published peak needs for the arithmetic where that
 is more (column sums, quadratic forms). Times are of a CUDA graph of several calls, medians; a twin that waits for the
 host is timed call by call. What is printed was compared with float64 on a part of the heads or entries first: the error
-is the largest difference over the largest number. `--sweep` tries other blocks for the column sums.
+is the largest difference over the largest number. `--sweep` tries other blocks for column sums and query moments.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
+import numpy as np
 import torch
 import triton
 import typer
@@ -166,8 +167,8 @@ def columns(layer: Layer, repeats: int, *, twin: bool) -> Row:
 
 def moments(layer: Layer, bandwidth: float, repeats: int) -> Row:
     """Mean and covariance of the queries before the rotary embedding."""
-    use = layer.positions >= 4
-    call = partial(kernels.query_moments, layer.q, layer.positions, use, layer.rope)
+    use, turns = layer.positions >= 4, kernels.query_turns(layer.q, layer.positions, layer.rope)  # once for all layers
+    call = partial(kernels.query_moments, layer.q, layer.positions, use, layer.rope, turns)
     total, outer = call()
     some = layer.q[:, :2]
     plain = layer.rope.rotate(some.float(), -layer.positions[:, None]).double() * use[:, None, :, None]
@@ -208,7 +209,7 @@ def choice(layer: Layer, bandwidth: float, repeats: int) -> Row:
 
 
 def whole(layer: Layer, repeats: int) -> list[Row]:
-    """What scorers take in all, the host's share included."""
+    """What scorers take in all, the host's share included, behind a layer that left what layers share."""
     spread = layer.positions[:, None].expand(1, HEADS, layer.length)
     total, outer = kernels.query_moments(layer.q, layer.positions, layer.positions >= 4, layer.rope)
     seen = torch.tensor([layer.length], device="cuda")
@@ -218,6 +219,7 @@ def whole(layer: Layer, repeats: int) -> list[Row]:
         moments=QueryMoments(seen.float() - 4, total, outer), rope=layer.rope,
         columns=torch.rand(1, HEADS, layer.length, device="cuda"),
     )  # fmt: skip
+    view.known_seen, view.known_lengths = (layer.length,), np.full((1, HEADS), layer.length)
     scorers = {"snapkv": WindowAttention(), "expected attention": ExpectedAttention(), "h2o": AttentionReceived()}
     return [
         Row(f"{name}: score", one_by_one(partial(scorer.score, view), repeats), 0.0, None, None)
@@ -225,29 +227,56 @@ def whole(layer: Layer, repeats: int) -> list[Row]:
     ]
 
 
+def lse_error(layer: Layer, lse: Tensor) -> float:
+    """The largest difference of some log-sum-exps from float64."""
+    some = torch.linspace(0, layer.length - 1, 16, device="cuda").long()
+    logits = layer.q[0, :GROUP, some].double() @ layer.k[0, 0].double().T * SCALE  # [G, 16, T]
+    logits = logits.masked_fill(layer.positions[0] > some[:, None], -torch.inf)
+    off = float((lse[0, :GROUP, some].double() - logits.logsumexp(dim=-1)).abs().max())
+    if not off <= 1e-3:
+        raise SystemExit(f"wrong log-sum-exps: off by {off:.2e}")
+    return off
+
+
 def attention(layer: Layer, repeats: int) -> list[Row]:
-    """What the log-sum-exp costs that column sums need: torch's own choice without it, flash and cuDNN with it."""
+    """What the log-sum-exp costs that column sums need: torch's own choice without it, ours and flash with it."""
     q, k, v = layer.q, layer.k, layer.v
     few = max(2, repeats // 4)
     plain = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, scale=SCALE, enable_gqa=True)
-    flash = partial(kernels.attend, q, k, v, scale=SCALE, causal=True, need_lse=True)
+    ours = partial(kernels.attend, q, k, v, scale=SCALE, causal=True, need_lse=True)
+
+    def flash() -> object:
+        keys, values = k.repeat_interleave(GROUP, dim=1), v.repeat_interleave(GROUP, dim=1)
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, keys, values, 0.0, True, scale=SCALE)
+
     floor = 2 * layer.length**2 * DIM * HEADS * GROUP / PEAK
-    rows = [
+    return [
         Row("attention, sdpa's choice", one_by_one(plain, few), floor, None, None),
-        Row("attention with lse, as it is", one_by_one(flash, few), floor, None, None),
+        Row("attention with lse (error: of lse)", one_by_one(ours, few), floor, None, lse_error(layer, layer.lse)),
+        Row("attention with lse, flash", one_by_one(flash, few), floor, None, None),
     ]
-    cudnn = partial(torch.ops.aten._scaled_dot_product_cudnn_attention, q, k, v, None, True, 0.0, True, scale=SCALE)
-    try:
-        lse = cudnn()[1].reshape(layer.lse.shape)
-        off = float((lse.double() - layer.lse.double()).abs().max())
-        rows.append(Row("attention with lse, cuDNN (error: of lse)", one_by_one(cudnn, few), floor, None, off))
-    except (RuntimeError, ValueError) as reason:
-        print(f"cuDNN with a log-sum-exp: {str(reason)[:200]}", flush=True)
-    return rows
+
+
+def ragged(layer: Layer, repeats: int) -> list[Row]:
+    """A chunk of 1024 queries behind heads of unequal lengths: by lengths, and as the naive twin does it."""
+    if layer.length > 32768:
+        return []  # the twin's logits
+    q = layer.q[:, :, -1024:]
+    lengths = torch.linspace(layer.length // 2, layer.length, HEADS, device="cuda").int()[None]
+    absent = torch.arange(layer.length, device="cuda") >= lengths[..., None]
+    bias = torch.zeros(1, HEADS, layer.length, device="cuda").masked_fill(absent, -torch.inf)
+    given = partial(kernels.attend, q, layer.k, layer.v, scale=SCALE, bias=bias, need_lse=True)
+    ours, twin = given(lengths=lengths), given()
+    assert ours.lse is not None
+    assert twin.lse is not None
+    off = max(float((ours.lse - twin.lse).abs().max()), error(ours.out, twin.out.double(), 2e-2))
+    took = one_by_one(partial(given, lengths=lengths), repeats)
+    return [Row("1024 queries, ragged heads", took, 0.0, one_by_one(given, max(2, repeats // 4)), off)]
 
 
 def sweep(layer: Layer, repeats: int) -> None:
-    """Other blocks, warps and stages for the column sums, best first."""
+    """Other blocks, warps and stages for the column sums and the query moments, best first."""
+    from kvthrift.kernels.triton import halves
     from kvthrift.kernels.triton.sums import sums
 
     spread = layer.positions[:, None].expand(1, HEADS, layer.length)
@@ -261,6 +290,18 @@ def sweep(layer: Layer, repeats: int) -> None:
         found.append((1e6 * took, tile, warps, stages))
         print(f"    {found[-1][0]:.0f} us: entries x queries {tile}, {warps} warps, {stages} stages", flush=True)
     print("    best:", min(found), flush=True)
+    turns = kernels.query_turns(layer.q, layer.positions, layer.rope)
+    assert turns is not None
+    tried = []
+    for step, warps, stages, registers in product((32, 64), (4, 8), (2, 3, 4), (96, 128, 168, 255)):
+        sizes = {"step": step, "warps": warps, "stages": stages, "registers": registers}
+        call = partial(halves.moments, layer.q, *turns, layer.positions >= 4, 1.0, **sizes)
+        try:
+            tried.append((1e6 * graphed(call, repeats), *sizes.values()))
+        except triton.runtime.errors.OutOfResources:
+            continue
+        print(f"    {tried[-1][0]:.0f} us: query moments, {sizes}", flush=True)
+    print("    best:", min(tried), flush=True)
 
 
 def line(name: str, row: Row) -> str:
@@ -275,7 +316,7 @@ def line(name: str, row: Row) -> str:
 def main(
     lengths: str = ",".join(LENGTHS),
     repeats: int = 12,
-    sweeping: Annotated[bool, typer.Option("--sweep", help="try other blocks for the column sums at 32K")] = False,
+    sweeping: Annotated[bool, typer.Option("--sweep", help="try other blocks for sums and moments at 32K")] = False,
     out: Annotated[Path | None, typer.Option(help="append the Markdown here")] = None,
 ) -> None:
     """Measure this GPU."""
@@ -299,6 +340,7 @@ def main(
             partial(choice, layer, bandwidth, repeats),
             partial(whole, layer, repeats),
             partial(attention, layer, repeats),
+            partial(ragged, layer, repeats),
         ]
         for part in parts:
             made = part()

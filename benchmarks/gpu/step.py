@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -115,41 +116,48 @@ def fusing(mode: str) -> bool | dict[str, Any]:
 
 
 @torch.inference_mode()
+def eager(model: Any, cache: kvthrift.Cache, token: torch.Tensor) -> float:
+    """Milliseconds of a step launched kernel by kernel."""
+    step = partial(model, input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return milliseconds(step, 10)
+
+
+@torch.inference_mode()
+def recorded(model: Any, cache: kvthrift.Cache, token: torch.Tensor, repeats: int, fuse: Any, limit: float) -> float:
+    """Milliseconds of a step as a graph, once its logits were compared with an eager step's."""
+    wanted = model(input_ids=token, past_key_values=cache.fork(), use_cache=True).logits[:, -1].float()
+    steps = GraphSteps(model, cache, repeats + 8, compiled=fuse)
+    found = steps.step(token[:, 0]).float()
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    print(f"{fuse}: logits differ by {error:.2%}", flush=True)
+    assert error < limit, f"logits differ by {error:.1%}, more than {limit:.1%}"
+    took = milliseconds(lambda: steps.step(token[:, 0]), repeats)
+    steps.finish()
+    return took
+
+
+@torch.inference_mode()
 def measure(model: Any, name: str, peak: float, repeats: int, noise: float, *, compiled: bool, mode: str) -> str:
-    """A row of the table."""
+    """A row of the table; a cache is made anew for each cell, since steps make it longer."""
     batch, kept, seen = CASES[name]
     token = torch.full((batch, 1), 7, device="cuda")
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     cells = []
     for ragged in (False, True):
-        cache = filled(model, batch, kept, seen, ragged=ragged)
-        entries = sum(layer.store.entries for layer in cache.state.layers if layer.store is not None)
-        floor = (weights + entries * DIM * 4) / peak * 1e3
-        wanted = model(input_ids=token, past_key_values=cache.fork(), use_cache=True).logits[:, -1].float()
-
-        def eager(cache: kvthrift.Cache = cache) -> object:
-            return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
+        make = partial(filled, model, batch, kept, seen, ragged=ragged)
+        stores = [layer.store for layer in make().state.layers if layer.store is not None]
+        floor = (weights + sum(store.entries for store in stores) * DIM * 4) / peak * 1e3
+        held = sum(store.bytes for store in stores) / 2**30
+        del stores
         if not ragged:
-            cells += [f"{floor:.2f}", f"{milliseconds(eager, 10):.1f}"]
-            cache = filled(model, batch, kept, seen, ragged=False)
-            wanted = model(input_ids=token, past_key_values=cache.fork(), use_cache=True).logits[:, -1].float()
-        for fused in (False, True) if compiled else (False,):
-            steps = GraphSteps(model, cache, repeats + 8, compiled=fusing(mode) if fused else False)
-            found = steps.step(token[:, 0]).float()
-            error = (found - wanted).abs().max() / wanted.abs().max()
-            print(f"{name}, ragged {ragged}, fused {fused}: logits differ by {error:.2%}", flush=True)
-            assert error < 2 * noise, f"{name}, fused {fused}: logits differ by {error:.1%}, bf16 by {noise:.1%}"
-            took = milliseconds(lambda steps=steps: steps.step(token[:, 0]), repeats)
+            cells += [f"{floor:.2f}", f"{eager(model, make(), token):.1f}"]
+        for fuse in (False, fusing(mode)) if compiled else (False,):
+            torch.cuda.empty_cache()
+            took = recorded(model, make(), token, repeats, fuse, 2 * noise)
             cells.append(f"{took:.2f} ({floor / took:.0%})")
-            steps.steps.taken = 0
-            steps.steps.restart()
-            steps.finish()
         if not compiled:
             cells.append("-")
-        held = sum(layer.store.bytes for layer in cache.state.layers if layer.store is not None)
-        cells.append(f"{held / 2**30:.3f}")
-        del cache
+        cells.append(f"{held:.3f}")
         torch.cuda.empty_cache()
     model.set_attn_implementation("sdpa")
     for length in (kept, seen):

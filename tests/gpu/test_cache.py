@@ -163,6 +163,24 @@ def test_a_prompt_read_in_chunks_says_the_same(dtype: torch.dtype) -> None:
         assert wrong < (1e-4 if dtype == torch.float32 else 5e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_padded_batch_read_in_chunks_says_what_it_says_at_once(dtype: torch.dtype) -> None:
+    """Heads of unequal lengths: in half precision a kernel of their own attends to them."""
+    model, ids, more = llama(dtype=dtype), text(3, PROMPT).cuda(), text(3, 9, seed=1).cuda()
+    mask = torch.ones(3, PROMPT, dtype=torch.long, device="cuda")
+    mask[1, :53], mask[2, :110] = 0, 0
+    longer = torch.cat((mask, mask.new_ones(3, 9)), dim=1)
+    found = []
+    for chunk in (None, 40):
+        past = kvthrift.prefill(model, ids, "full", page=PAGE, attention_mask=mask, chunk=chunk)
+        places = (longer.cumsum(dim=-1) - 1)[:, PROMPT:]
+        with torch.inference_mode():
+            out = model(input_ids=more, past_key_values=past, attention_mask=longer, position_ids=places)
+        found.append(out.logits.float())
+    tolerance = 1e-3 if dtype == torch.float32 else 0.05 * float(found[0].std())
+    torch.testing.assert_close(found[0], found[1], atol=4 * tolerance, rtol=0)
+
+
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "h2o", "cake"])
 def test_chunks_keep_the_peak_small(method: str) -> None:
     past = kvthrift.prefill(llama(), text(1, 3000).cuda(), method, budget=BUDGET, page=PAGE, chunk=100)

@@ -14,7 +14,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvthrift.kernels.triton.best import _best
+from kvthrift.kernels.triton.best_long import _count, _kept
 from kvthrift.kernels.triton.forms import _forms
+from kvthrift.kernels.triton.halves import _added, _runs
 from kvthrift.kernels.triton.moments import _moments
 from kvthrift.kernels.triton.norms import _joined, _norms
 from kvthrift.kernels.triton.sums import _sums
@@ -25,11 +27,13 @@ LEAST_MEMORY = 99 * 1024  # bytes of shared memory that a program may have where
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WHOLE = {"q_position": "i64", "k_position": "i64", "count": "i64", "high": "i32", "low": "i32"}
 TRUE = dict.fromkeys(("valid", "use", "keep"), "i1")
-FLOATS = ("norm", "part", "out", "lse", "cos", "sin", "total", "outer", "mean", "size", "score", "bias")
+FLOATS = ("norm", "part", "out", "lse", "cos", "sin", "total", "outer", "mean", "size", "score", "bias", "sum")
 POINTERS = {**WHOLE, **TRUE, **dict.fromkeys(FLOATS, "fp32")}  # of others: the dtype of queries and keys
 
 
-def compile_kernel(kernel: Any, dtype: str, constants: dict[str, object], warps: int, stages: int = 2) -> None:
+def compile_kernel(
+    kernel: Any, dtype: str, constants: dict[str, object], warps: int, stages: int = 2, **more: Any
+) -> None:
     """With pointers and strides on multiples of 16, as they are in practice: only then are loads as wide as there."""
     types, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -45,7 +49,7 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, object], warps:
                 aligned[place,] = [["tt.divisibility", 16]]
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    done = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
+    done = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages, **more})
     assert done.metadata.shared <= LEAST_MEMORY, f"{kernel} {dtype} {constants}: {done.metadata.shared} bytes"
 
 
@@ -67,11 +71,22 @@ def main() -> None:
         ahead = 2 if dim <= 128 else 1
         rest = {"N": 32 if halves else 16, "PRECISION": PRECISION, "STAGES": ahead}
         compile_kernel(_moments, dtype, {**turn, **rest}, 8 if wide == 128 else 4, ahead)
+        if halves and half <= 64:
+            pair = {"HALF": half, "P": padded(half)}
+            POINTERS.update(cos="fp16", sin="fp16")
+            compile_kernel(_runs, dtype, {"HEADS": 8 * group, **pair, "N": 64, "STAGES": 3}, 8, 3, maxnreg=128)
+            POINTERS.update(cos="fp32", sin="fp32")
+            compile_kernel(_added, "fp32", {**pair, "ROWS": 16}, 4)
         part = min(padded(dim), (128 if dim <= 128 else 64) if halves else 32)
         step = 64 if halves and dim <= 128 else 32 if halves else 16
         form = {**heads, "P": part, "N": step, "SPREAD": True, "HALVES": halves, "PRECISION": PRECISION, "STAGES": 2}
         compile_kernel(_forms, dtype, form, 4)
     compile_kernel(_best, "fp32", {"N": 16384}, 16)
+    POINTERS.update(hist="i32", part="i32")
+    for piece in (2048, 8192):
+        for turn in (0, 3):
+            compile_kernel(_count, "fp32", {"ROUND": turn, "N": piece}, piece // 512)
+        compile_kernel(_kept, "fp32", {"P": 128, "N": piece}, piece // 512)
     print("compiled")
 
 

@@ -149,6 +149,65 @@ def test_what_that_call_cannot_do_is_done_all_the_same() -> None:
     torch.testing.assert_close(got.lse.double(), lse, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("group", [1, 4])
+def test_torch_says_of_its_gpu_kernels_what_is_made_of_them(group: int) -> None:
+    """Arguments and shapes only: their order, and a log-sum-exp that is laid out by query head and query."""
+    q, k, v = (x.to("meta") for x in tensors(group, 64, 48, 48, torch.bfloat16))
+    lengths = torch.empty(2, 2, dtype=torch.int32, device="meta")
+    for found in (attention._cudnn(q, k, v, 0.1), attention._cuda_ragged(q, k[:, :, :40], v[:, :, :40], 0.1, lengths)):
+        assert found.lse is not None
+        assert found.out.shape == q.shape
+        assert found.lse.shape == q.shape[:3]
+        assert found.lse.dtype == torch.float32
+
+
+def test_lengths_say_what_a_bias_says() -> None:
+    q, k, v = tensors(3, 16, 5, 40, torch.float32)
+    lengths = torch.tensor([[40, 7], [0, 1]])
+    bias = torch.zeros(2, 2, 40).masked_fill(torch.arange(40) >= lengths[..., None], -torch.inf)
+    plain = kernels.attend(q, k, v, scale=0.25, bias=bias, need_lse=True)
+    again = kernels.attend(q, k, v, scale=0.25, bias=bias, lengths=lengths, need_lse=True)
+    assert torch.equal(plain.out, again.out)
+    assert plain.lse is not None
+    assert again.lse is not None
+    assert torch.equal(plain.lse, again.lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("length", [2048, 2500, 4096])
+def test_a_long_prompt_on_a_gpu_gets_the_log_sum_exp_that_it_has(dtype: torch.dtype, group: int, length: int) -> None:
+    """Where cuDNN is taken, and where it is not."""
+    q = torch.randn(1, length, 2 * group, 128, device="cuda", dtype=dtype).transpose(1, 2)  # strides as a model's
+    k, v = (torch.randn(1, length, 2, 128, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(2))
+    got = kernels.attend(q, k, v, scale=0.09, causal=True, need_lse=True)
+    plain = kernels.attend(q, k, v, scale=0.09, causal=True)
+    assert got.lse is not None
+    torch.testing.assert_close(got.out, plain.out, atol=2e-2, rtol=2e-2)
+    some = torch.tensor([0, 1, 63, 64, 1000, length - 1], device="cuda")
+    keys = k.double().repeat_interleave(group, dim=1)
+    logits = q[:, :, some].double() @ keys.transpose(-1, -2) * 0.09
+    logits = logits.masked_fill(torch.arange(length, device="cuda") > some[:, None], -torch.inf)
+    torch.testing.assert_close(got.lse[:, :, some].double(), logits.logsumexp(dim=-1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_heads_of_unequal_lengths_on_a_gpu_are_attended_to_as_by_the_naive_twin(dtype: torch.dtype, group: int) -> None:
+    for dim, entries, queries in itertools.product((64, 80, 128), LENGTHS, (2, 65)):
+        q, k, v = (x.cuda() for x in tensors(group, dim, queries, entries, dtype))
+        lengths = torch.randint(0, entries + 1, (2, 2), device="cuda")
+        absent = torch.arange(entries, device="cuda") >= lengths[..., None]
+        bias = torch.zeros(2, 2, entries, device="cuda").masked_fill(absent, -torch.inf)
+        k, v = (x.masked_fill(absent[..., None], 1e4) for x in (k, v))  # finite, and never looked at
+        twin = naive.attend(q, k, v, scale=0.2, bias=bias)
+        got = kernels.attend(q, k, v, scale=0.2, bias=bias, lengths=lengths, need_lse=True)
+        torch.testing.assert_close(got.out, twin.out, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(got.lse, twin.lse, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("group", [1, 3, 4])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,37 @@ def test_moments_are_of_queries_before_their_rotation(dim: int, rotated: int, qu
     torch.testing.assert_close(outer.double(), expected, atol=relative * float(expected.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("heads", "dim"), [(6, 64), (6, 80), (2, 128), (6, 8)])
+@pytest.mark.parametrize("queries", [1, 63, 65, 1100])
+def test_moments_of_heads_that_are_turned_as_a_whole(heads: int, dim: int, queries: int, dtype: torch.dtype) -> None:
+    from kvthrift.kernels.triton.halves import moments, takes
+
+    q, positions, use, rope = turned(dim, dim, queries, dtype)
+    q, positions, use = q[1:, :heads], positions[1:], use[1:]  # of few heads a program takes a part
+    assert takes(q, dim // 2)
+    plain = rope.rotate(q.float(), -positions[:, None]).double() / 1.3 * use[:, None, :, None]
+    turns = kernels.query_turns(q, positions, rope) or [x.half() for x in angles_of(rope, positions)]
+    total, outer = moments(q.masked_fill(~use[:, None, :, None], NAN), *turns, use, 1 / 1.3)
+    torch.testing.assert_close(total.double(), plain.sum(dim=2), atol=1e-3 * max(queries, 64) ** 0.5, rtol=1e-3)
+    expected = plain.transpose(-1, -2) @ plain
+    relative = 1e-2 if dtype == torch.bfloat16 and queries < 1000 else 1e-3
+    torch.testing.assert_close(outer.double(), expected, atol=relative * float(expected.abs().max()), rtol=0)
+    assert torch.equal(outer, outer.transpose(-1, -2))
+
+
+def angles_of(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+    angles = rope.angles(positions)
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize(("dim", "rotated", "dtype"), [(64, 32, HALF[0]), (256, 256, HALF[0]), (64, 64, torch.float32)])
+def test_other_heads_are_left_to_the_other_kernel(dim: int, rotated: int, dtype: torch.dtype) -> None:
+    from kvthrift.kernels.triton.halves import takes
+
+    assert not takes(turned(dim, rotated, 1, dtype)[0], rotated // 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize(
@@ -230,14 +262,18 @@ def awkward(entries: int) -> Tensor:
     scores = torch.randn(2, 4, entries)
     scores[0] = scores[0].round()
     scores[1, 0], scores[1, 1, ::2], scores[1, 1, 1::2] = 0.0, -0.0, 0.0
+    scores[0, 0, ::7], scores[0, 1, 1::7] = NAN, -NAN  # a broken model's: above all, as in a sort
     scores[1, 2, :2], scores[1, 3, ::3], scores[1, 3, 1::3] = torch.inf, -torch.inf, torch.inf
     return scores.to(DEVICE)
 
 
 @pytest.mark.parametrize("entries", [1, 63, 64, 65, 1000, 20000])
-def test_the_best_are_those_of_a_stable_sort(entries: int) -> None:
-    from kvthrift.kernels.triton.best import best
+@pytest.mark.parametrize("piece", [0, 512, 2048])
+def test_the_best_are_those_of_a_stable_sort(entries: int, piece: int) -> None:
+    from kvthrift.kernels.triton import best as short
+    from kvthrift.kernels.triton import best_long as long
 
+    best = partial(long.best, piece=piece) if piece else short.best
     scores = awkward(entries)
     order = scores.cpu().argsort(dim=-1, descending=True, stable=True)
     for counts in (torch.randint(0, entries + 2, (2, 4)), torch.tensor([[0, 1, entries, entries // 2]] * 2)):

@@ -16,7 +16,7 @@ from kvthrift import BudgetError, Protect, Recipe
 from kvthrift.allocate import AdaptiveHeads, HeadAllocator, TableHeads, UniformHeads
 from kvthrift.core import LayerView
 from kvthrift.merge import MassFold
-from kvthrift.runtime.compress import Kept, check_floor, choose, gather, layer_totals, protected_entries
+from kvthrift.runtime.compress import Kept, check_floor, choose, foretell, gather, layer_totals, protected_entries
 from kvthrift.score import AttentionReceived, Recency
 from kvthrift.select import ChunkUnit, TokenUnit
 
@@ -75,6 +75,31 @@ def test_protected_entries_stay_nothing_false_does_and_the_layer_keeps_its_total
         assert torch.equal(keep.sum(dim=-1), wanted)
     else:
         assert (total <= torch.maximum(room, protected.sum(dim=(1, 2)))).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(layers(), heads, st.integers(0, 4), st.integers(0, 4), st.integers(-2, 12), st.booleans(), st.booleans())
+def test_what_is_foretold_comes_true(
+    layer: tuple[LayerView, Tensor], split: HeadAllocator, sinks: int, recent: int, more: int, whole: bool, nan: bool
+) -> None:
+    view, scores = layer
+    scores = scores.masked_fill(scores > 0.7, float("nan")) if nan else scores
+    recipe = ANY.with_options(heads=split, protect=Protect(sinks, recent))
+    per_head = np.full(len(view.seen), max(sinks + recent + more, 1))
+    stays = np.array([whole, *[False] * (len(per_head) - 1)])
+    view.known_lengths = view.lengths.numpy()
+    foretold = foretell(recipe, view, per_head, stays)
+    keep = choose(recipe, view, scores, torch.from_numpy(per_head))
+    keep = torch.where(torch.from_numpy(stays)[:, None, None], view.valid, keep)
+    if foretold is None:
+        assert more < 0 or (isinstance(split, AdaptiveHeads) and split.blend is not None)
+        return
+    assert int(keep.sum()) == foretold.total or (nan and foretold.lengths is None)  # the store refuses those
+    if foretold.lengths is None:
+        assert isinstance(split, AdaptiveHeads)
+        return
+    assert torch.equal(keep.sum(dim=-1), torch.from_numpy(foretold.lengths))
+    assert torch.equal(choose(recipe, view, scores, torch.from_numpy(per_head), foretold.lengths), keep)
 
 
 def test_a_table_that_gives_a_head_next_to_nothing_does_not_take_its_window() -> None:

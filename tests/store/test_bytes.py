@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kvthrift.core import LayerShape
-from kvthrift.store import LayerStore
+from kvthrift.errors import CacheStateError
+from kvthrift.store import LayerStore, settle
 
 PAGE = 64
 BATCH, HEADS, DIM = 2, 4, 16
@@ -51,6 +52,31 @@ def test_a_cut_store_holds_its_entries_in_whole_pages(name: str, planes: tuple[s
     assert wanted <= store.bytes <= 1.01 * wanted
     assert store.bytes < before
     store.check_integrity()
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_lengths_that_come_late_cost_a_page_a_head_until_they_are_there(name: str) -> None:
+    lengths = np.array(RAGGED[name], dtype=np.int64)
+    store, told = filled(PAGE), filled(PAGE)
+    keys, at = torch.randn(int(lengths.sum()), DIM), torch.arange(int(lengths.sum()))
+    told.replace(keys, keys, at, lengths)
+    store.replace(keys, keys, at, torch.from_numpy(lengths))
+    before = store.bytes  # asks for nothing
+    assert store.late is not None
+    assert before <= told.bytes + BATCH * HEADS * (PAGE * ENTRY_BYTES + 8)
+    settle([store])
+    assert store.bytes == told.bytes
+    assert store.late is None
+    assert torch.equal(store.read().keys[store.valid()], keys)
+    assert torch.equal(store.positions()[store.valid()], at)
+    store.check_integrity()
+
+
+def test_late_lengths_that_do_not_add_up_are_refused() -> None:
+    store, keys = filled(PAGE), torch.randn(10, DIM)
+    store.replace(keys, keys, torch.arange(10), torch.full((BATCH, HEADS), 1))
+    with pytest.raises(CacheStateError, match="brought 10 entries"):
+        settle([store])
 
 
 def test_decoding_behind_a_cut_costs_a_page_a_head_now_and_then() -> None:

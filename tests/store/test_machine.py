@@ -130,8 +130,9 @@ class StoreMachine(RuleBasedStateMachine):
         seed=st.integers(0, 2**16),
         share=st.sampled_from((0.0, 0.1, 0.5, 1.0)),
         drop=st.booleans(),
+        late=st.booleans(),
     )
-    def replace(self, which: int, seed: int, share: float, drop: bool) -> None:
+    def replace(self, which: int, seed: int, share: float, drop: bool, late: bool) -> None:
         pair = self.pick(which)
         if drop:
             pair.planes = pair.planes[:1]
@@ -147,7 +148,7 @@ class StoreMachine(RuleBasedStateMachine):
             keys(serials, pair.store.form),
             values(serials, pair.store.form),
             torch.tensor([entry[1] for entry in flat], dtype=torch.long),
-            pair.lengths,
+            torch.from_numpy(pair.lengths) if late else pair.lengths,
             planes={name: marks.clone() for name in pair.planes},
             form=pair.store.form,
         )

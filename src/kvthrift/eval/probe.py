@@ -83,7 +83,9 @@ def _foreign(cache: Cache) -> tuple[int, int]:
         pool, table = layer.store.pool, layer.store.table
         wanted = (*plane_names(needs), "bias")
         planes = sum(plane.nbytes for name, plane in pool.planes.items() if name not in wanted)
-        rope = NOTHING if layer.rope is None or needs.rope or needs.moments else layer.rope.inv_freq
+        rope = (
+            NOTHING if layer.rope is None or not layer.owns_rope or needs.rope or needs.moments else layer.rope.inv_freq
+        )
         metadata += planes + rope.nbytes
         if pool.stores > 1:
             pages = pool.total - len(np.unique(table[table >= 0]))

@@ -16,6 +16,7 @@ from kvthrift.core import AttentionOutput
 from kvthrift.kernels import naive
 
 _QUERY_BLOCK = 512
+_LONG = 2048  # queries
 _HALF = (torch.float16, torch.bfloat16)
 _UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -28,6 +29,7 @@ def attend(
     scale: float,
     causal: bool = False,
     bias: Tensor | None = None,
+    lengths: Tensor | None = None,
     need_lse: bool = False,
     verbatim: bool = False,
 ) -> AttentionOutput:
@@ -39,6 +41,8 @@ def attend(
         scale: factor on the logits.
         causal: query ``i`` sees entries ``0..i`` (needs Q = T, no bias).
         bias: ``[B, H, T]`` added to every query's logits, ``-inf`` where an entry is absent.
+        lengths: ``[B, H]`` integers: ``bias`` does nothing but hide the entries from there on, so that it need not be
+            read; None if it does more.
         need_lse: also return the log-sum-exp, to be merged with other parts.
         verbatim: on a CPU, make the very call that transformers' sdpa attention makes, so that half-precision rounding
             is the same too, even where another is faster; only without bias and lse.
@@ -57,6 +61,8 @@ def attend(
         return _cpu_flash(q, k, v, scale, causal, bias)
     if bias is None and _has_flash(q, v):
         return _cuda_flash(q, k, v, scale, causal)
+    if lengths is not None and _has_flash(q, v):
+        return _cuda_ragged(q, k, v, scale, lengths)
     return _blocked(q, k, v, scale, causal, bias)
 
 
@@ -104,8 +110,24 @@ def _has_flash(q: Tensor, v: Tensor) -> bool:
     return q.dtype in _HALF and dim == v.shape[-1] and dim <= 256 and dim % 8 == 0
 
 
+def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether cuDNN's causal attention is worth its planning for each new length: it is the fastest on Hopper."""
+    if q.shape[2] < _LONG or torch.cuda.get_device_capability(q.device)[0] < 9:
+        return False
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])
+    return torch.backends.cuda.can_use_cudnn_attention(params)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> AttentionOutput:
+    kernel = torch.ops.aten._scaled_dot_product_cudnn_attention  # takes grouped heads as they are
+    out, lse = kernel(q, k, v, None, True, 0.0, True, scale=scale)[:2]
+    return AttentionOutput(out, lse.reshape(q.shape[:3]))  # [B, HG, Q, 1] or without the last dim, by version
+
+
 def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> AttentionOutput:
     kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    if causal and _cudnn_takes(q, k, v):
+        return _cudnn(q, k, v, scale)
     if causal:
         group = q.shape[1] // k.shape[1]
         queries, keys, values = q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -113,6 +135,22 @@ def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> 
         queries, keys, values = _fold(q, k.shape[1]), k, v
     out, lse = kernel(queries, keys, values, 0.0, causal, scale=scale)[:2]
     return AttentionOutput(out.reshape(*q.shape[:3], v.shape[-1]), lse[..., : queries.shape[2]].reshape(q.shape[:3]))
+
+
+def _cuda_ragged(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor) -> AttentionOutput:
+    """Every head of every sequence is a sequence to the kernel, which stops at the head's last entry."""
+    (b, kv_heads, entries, dim), queries = k.shape, q.shape[1] // k.shape[1] * q.shape[2]
+    rows = b * kv_heads
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
+    flat = [x.reshape(-1, 1, dim) for x in (_fold(q, kv_heads), k, v)]
+    out, lse = torch.ops.aten._flash_attention_forward(
+        *flat, starts * queries, starts * entries, queries, entries, 0.0, False, False, scale=scale,
+        seqused_k=lengths.reshape(rows).int(),
+    )[:2]  # fmt: skip
+    empty = (lengths == 0).reshape(rows, 1)  # the kernel says plus infinity there
+    lse = lse.reshape(rows, -1)[:, :queries].masked_fill(empty, float("-inf"))
+    out = out.reshape(rows, queries, dim).masked_fill(empty[..., None], 0.0)
+    return AttentionOutput(out.reshape(q.shape), lse.reshape(q.shape[:3]))
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None) -> AttentionOutput:

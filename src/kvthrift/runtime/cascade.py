@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from kvthrift.recipe import Recipe
 from kvthrift.runtime.step import Ints
@@ -63,7 +62,7 @@ class Cascade:
             for x in sorted(earlier, key=lambda x: overdue[x.index], reverse=True):
                 if left <= allowed / 2 or x.store is None:
                     break
-                x.cut(state, torch.from_numpy(self._least[x.index]).to(x.store.device))
+                x.cut(state, self._least[x.index])
                 left -= overdue[x.index]
         if last:
             self._least.clear()

@@ -17,10 +17,10 @@ from kvthrift.core import LayerShape, LayerView, ModuleFacts, Rope, SecondPass
 from kvthrift.errors import CacheStateError, ModelMismatchError
 from kvthrift.kernels.codes import Format
 from kvthrift.runtime import received
-from kvthrift.runtime.compress import Kept, check_floor, choose, gather
+from kvthrift.runtime.compress import Foretold, Kept, check_floor, choose, everything, foretell, gather
 from kvthrift.runtime.observe import QueryStatistics, QueryWindow
-from kvthrift.runtime.step import Step, on_device
-from kvthrift.store import LayerStore
+from kvthrift.runtime.step import Bools, Ints, Step
+from kvthrift.store import LayerStore, on_device
 
 if TYPE_CHECKING:
     from kvthrift.runtime.state import CacheState
@@ -44,10 +44,11 @@ class LayerCache:
         self.group = 1
         self.since = 0  # tokens appended since the last compression
         self.rope: Rope | None = None
+        self.owns_rope = False  # others share it, and it counts but once
         self.window: QueryWindow | None = None
         self.statistics: QueryStatistics | None = None
         self.second_pass: dict[SecondPass, Tensor] = {}  # [B, H, T] each, of a context that is whole
-        self.chosen: Tensor | None = None  # what the last compression kept, for layers that reuse it
+        self.chosen: tuple[Tensor, Foretold | None] | None = None  # by the last compression, for layers that reuse it
 
     # -- one forward pass ----------------------------------------------------------------------------------------
 
@@ -67,28 +68,31 @@ class LayerCache:
             ``[B, HG, Q, Dv]``; padding gets zeros.
         """
         self.scale, self.group = scale, q.shape[1] // k.shape[1]
-        store = self.store_for(state, q, k, v)
+        store = self.store if self.store is not None else self.store_for(state, q, k, v)
         if state.look is not None:
             return state.look.attend(state.layers.index(self), self, q, k, v, scale)
         if state.due(self) and store.longest and state.recipe.layers.scope != "joint":
             self._compress(state, self.stored_view(state), facts)
         if step.length == 1 and not step.padded:
-            return self._decode(state, q, k, v, step, facts)
+            return self._decode(state, store, q, k, v, step, facts)
         q, k, v = step.pack(q), step.pack(k), step.pack(v)
         past = store.longest > 0
         own = kernels.attend(q, k, v, scale=scale, causal=True, need_lse=past or self._counts(state))
         if past:
             view = store.read()
             if store.form is not None:
-                state.meter.saw(state.held + _bytes(k, v, view.keys, view.values))
-            stored = kernels.attend(q, view.keys, view.values, scale=scale, bias=view.bias, need_lse=True)
+                state.meter.saw(state.held_by(self) + _bytes(k, v, view.keys, view.values))
+            stored = kernels.attend(
+                q, view.keys, view.values, scale=scale, bias=view.bias, lengths=view.lengths, need_lse=True
+            )
             own = kernels.merge((stored, own))
         self._observe(state, q, step, facts)
-        self._take_in(state, q, k, v, own.lse, step, facts)
+        self._take_in(state, store, q, k, v, own.lse, step, facts)
         return step.unpack(own.out)
 
-    def _decode(self, state: CacheState, q: Tensor, k: Tensor, v: Tensor, step: Step, facts: ModuleFacts) -> Tensor:
-        store = self.store_for(state, q, k, v)
+    def _decode(
+        self, state: CacheState, store: LayerStore, q: Tensor, k: Tensor, v: Tensor, step: Step, facts: ModuleFacts
+    ) -> Tensor:
         store.append(k, v, step.positions)
         self.since += 1
         # where nothing has gone: be bit for bit what sdpa is
@@ -106,10 +110,10 @@ class LayerCache:
         return out
 
     def _take_in(
-        self, state: CacheState, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, step: Step, facts: ModuleFacts
-    ) -> None:
+        self, state: CacheState, store: LayerStore, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, step: Step,
+        facts: ModuleFacts,
+    ) -> None:  # fmt: skip
         """Append a pass over several tokens, compressing if it is a prompt."""
-        store = self.store_for(state, q, k, v)
         fires = state.is_prompt(step) and not self.whole
         if fires and state.recipe.layers.scope == "joint":
             fires = state.postpone()
@@ -119,13 +123,13 @@ class LayerCache:
             if self._counts(state):
                 planes = received.of_pass(state.observes, view, q, lse, step)
                 received.show(view, state.observes, planes)
-            state.meter.saw(state.held + _bytes(k, v))
+            state.meter.saw(state.held_by(self) + _bytes(k, v))
             if fires and self._compress(state, view, facts):
                 return
             fires = False
         store.append(k, v, step.positions, counts=step.counts if step.padded else None, planes=planes)
         self.since += step.length
-        state.meter.saw(state.held + _bytes(k, v) * (1 if store.form is None else 2))
+        state.meter.saw(state.held_by(self) + _bytes(k, v) * (1 if store.form is None else 2))
         seen = step.start + step.counts
         if self._counts(state) and not planes:
             view = self._stored_view(state, seen)
@@ -152,31 +156,43 @@ class LayerCache:
         if whole.all():
             return False
         with state.meter.compressing(view.keys.device):
-            check_floor(recipe, torch.from_numpy(rooms))
-            per_head = on_device(rooms, view.keys.device)
-            fits = on_device(whole.astype(np.int64), view.keys.device) > 0
+            check_floor(recipe, rooms)
             self._ask(state, view, facts)
             planes = self._planes(state, view)
-            shared = state.shared_choice(self)
-            if shared is not None and shared.shape == view.valid.shape:
-                keep, scores = shared, None
-            else:
-                scores = recipe.scorer.score(view).float()
-                totals = state.layer_total(self, view, scores, per_head)
-                keep = choose(recipe, view, scores, totals)
-                keep = torch.where(fits[:, None, None], view.valid, keep)
-            self.chosen = keep if recipe.reuse > 1 else None
-            if recipe.layers.scope != "model" and torch.equal(keep, view.valid):
+            keep, foretold, scores = self._choose(state, view, rooms, whole)
+            self.chosen = (keep, foretold) if recipe.reuse > 1 else None
+            if recipe.layers.scope != "model" and everything(keep, view, foretold):
                 return False
             state.meter.compressions += 1
             if scores is not None and recipe.layers.scope == "model":
                 planes["score"] = scores.clamp(min=torch.finfo(torch.float32).min)
-            kept = gather(recipe, view, keep, scores, planes)
+            kept = gather(recipe, view, keep, scores, planes, foretold)
             copied = 0 if _same(view.keys, store.pool.keys) else _bytes(view.keys, view.values)
-            state.meter.saw(state.held + copied + 2 * _bytes(kept.keys, kept.values))
+            state.meter.saw(state.held_by(self) + copied + 2 * _bytes(kept.keys, kept.values))
             self._hold(state, kept)
             state.cascade(self)
         return True
+
+    def _choose(
+        self, state: CacheState, view: LayerView, rooms: Ints, whole: Bools
+    ) -> tuple[Tensor, Foretold | None, Tensor | None]:
+        """What stays ``[B, H, T]``, what was known of it beforehand, and the scores it was chosen by, if it was here.
+
+        Args:
+            rooms: ``[B]`` entries per head, the mean over layers; ``whole [B]``: sequences that stay whole.
+        """
+        recipe, shared = state.recipe, state.shared_choice(self)
+        if shared is not None and shared[0].shape == view.valid.shape:
+            return *shared, None
+        scores = recipe.scorer.score(view).float()
+        totals = state.layer_total(self, view, scores, rooms)
+        foretold = None if isinstance(totals, Tensor) else foretell(recipe, view, totals, whole)
+        known = None if foretold is None else foretold.lengths
+        per_head = totals if isinstance(totals, Tensor) else on_device(totals, scores.device)
+        keep = choose(recipe, view, scores, per_head, known)
+        if known is None and whole.any():
+            keep = torch.where(on_device(whole, keep.device)[:, None, None], view.valid, keep)
+        return keep, foretold, scores
 
     def compress_now(self, state: CacheState, facts: ModuleFacts) -> None:
         """Cut what is held to the recipe's budget, outside a forward pass."""
@@ -206,25 +222,27 @@ class LayerCache:
             return
         state.meter.compressions += 1
         kept = gather(state.recipe, view, keep, scores, self._planes(state, view))
-        state.meter.saw(state.held + 2 * _bytes(kept.keys, kept.values))
+        state.meter.saw(state.held_by(self) + 2 * _bytes(kept.keys, kept.values))
         self._hold(state, kept)
 
-    def cut(self, state: CacheState, per_head: Tensor) -> None:
+    def cut(self, state: CacheState, per_head: Ints) -> None:
         """Cut an already compressed layer further, by the scores it was compressed with; ``per_head [B]``."""
         store = self.store
         if store is None or "score" not in store.pool.planes:
             return
         view = self._stored_view(state, state.current_seen(store.batch))
-        room = per_head * store.shape.kv_heads
-        if bool((view.lengths.sum(dim=1) <= room).all()):
+        fits = store.lengths.sum(axis=1) <= per_head * store.shape.kv_heads
+        if fits.all():
             return
         view.rope = self.rope
         recipe = state.recipe.with_options(refine=None)
         scores = store.plane("score")
         planes = {name: store.plane(name) for name in store.pool.planes}
-        keep = choose(recipe, view, scores, per_head)
-        keep = torch.where((view.lengths.sum(dim=1) <= room)[:, None, None], view.valid, keep)
-        self._hold(state, gather(recipe, view, keep, scores if recipe.merge.biased else None, planes))
+        foretold = foretell(recipe, view, per_head, fits)
+        known = None if foretold is None else foretold.lengths
+        keep = choose(recipe, view, scores, on_device(per_head, scores.device), known)
+        keep = torch.where(on_device(fits, keep.device)[:, None, None], view.valid, keep)
+        self._hold(state, gather(recipe, view, keep, scores if recipe.merge.biased else None, planes, foretold))
 
     def form(self, state: CacheState) -> Format | None:
         """How this layer's full pages are to be written; None for as they are."""
@@ -260,9 +278,11 @@ class LayerCache:
     def _fresh_view(self, state: CacheState, k: Tensor, v: Tensor, step: Step) -> LayerView:
         b, h, t = k.shape[:3]
         positions = step.positions[:, None].expand(b, h, t)
-        lengths = on_device(step.counts, k.device)[:, None].expand(b, h)
+        lengths = step.once(("counts", k.device), lambda: on_device(step.counts, k.device))[:, None].expand(b, h)
         view = self._view(state, k, v, positions, lengths, step.seen)
         view.known_seen = tuple((step.start + step.counts).tolist())
+        view.known_lengths = np.repeat(step.counts[:, None], h, axis=1)
+        view.shared = step.once(("views", h, k.device), dict)
         return view
 
     def stored_view(self, state: CacheState) -> LayerView:
@@ -270,15 +290,13 @@ class LayerCache:
         batch = 0 if self.store is None else self.store.batch
         return self._stored_view(state, state.columns.seen(batch))
 
-    def _stored_view(self, state: CacheState, seen: object) -> LayerView:
+    def _stored_view(self, state: CacheState, seen: Ints) -> LayerView:
         store = self.store
         if store is None:
             raise CacheStateError("this layer has no entries yet.")
-        lengths = torch.from_numpy(store.lengths).to(store.device)
-        read = store.read()
-        view = self._view(
-            state, read.keys, read.values, store.positions(), lengths, torch.as_tensor(seen).to(store.device)
-        )
+        lengths, read = on_device(store.lengths, store.device), store.read()
+        view = self._view(state, read.keys, read.values, store.positions(), lengths, on_device(seen, store.device))
+        view.known_seen, view.known_lengths = tuple(seen.tolist()), store.lengths
         names = [name for name in received.plane_names(state.observes) if name in store.pool.planes]
         received.show(view, state.observes, {name: store.plane(name) for name in names})
         view.bias = store.mass()
@@ -311,7 +329,7 @@ class LayerCache:
             view.output_weight = facts.output_weight()
         if state.needs.rope:
             if self.rope is None:
-                self.rope = facts.rope()
+                self.rope, self.owns_rope = state.shared_rope(facts.rope(), view.keys.device)
             view.rope = self.rope
 
     def _observe(self, state: CacheState, q: Tensor, step: Step, facts: ModuleFacts) -> None:
@@ -325,7 +343,7 @@ class LayerCache:
             if self.statistics is None:
                 self.statistics = QueryStatistics(state.observes.moments_after)
             if self.rope is None:
-                self.rope = facts.rope()
+                self.rope, self.owns_rope = state.shared_rope(facts.rope(), q.device)
             self.statistics.see(q, step, self.rope)
 
     # -- keeping house -------------------------------------------------------------------------------------------
@@ -362,7 +380,7 @@ class LayerCache:
     def bytes(self) -> int:
         """Bytes held: store, observations, and what the module told."""
         held = self.store.bytes if self.store is not None else 0
-        held += 0 if self.rope is None else _bytes(self.rope.inv_freq)
+        held += 0 if self.rope is None or not self.owns_rope else _bytes(self.rope.inv_freq)
         held += _bytes(*self.second_pass.values())
         return held + sum(part.bytes for part in (self.window, self.statistics) if part is not None)
 
@@ -378,7 +396,8 @@ class LayerCache:
         """Another layer with the same entries, sharing pages until one side writes to them."""
         other = LayerCache(self.index, self.number, whole=self.whole)
         other.store = None if self.store is None else self.store.fork()
-        other.scale, other.group, other.since, other.rope = self.scale, self.group, self.since, self.rope
+        other.scale, other.group, other.since = self.scale, self.group, self.since
+        other.rope, other.owns_rope = self.rope, self.owns_rope
         other.window = None if self.window is None else self.window.fork()
         other.statistics = None if self.statistics is None else self.statistics.fork()
         other.second_pass = dict(self.second_pass)

@@ -77,16 +77,20 @@ class QueryStatistics:
 
     def see(self, q: Tensor, step: Step, rope: Rope) -> None:
         """Take in the packed post-RoPE queries ``[B, HG, length, D]`` of a pass."""
-        positions = step.positions
-        use = positions >= self.after
-        use = use & step.real if step.padded else use
-        count = use.sum(dim=1, dtype=torch.float32)
-        total, outer = kernels.query_moments(q, positions, use, rope)
+        use, count = step.once(("counting", self.after), lambda: self._counting(step))
+        turns = step.once(("turns", rope), lambda: kernels.query_turns(q, step.positions, rope))
+        total, outer = kernels.query_moments(q, step.positions, use, rope, turns)
         if self.moments is None:
-            self.moments = QueryMoments(count, total, outer)
+            self.moments = QueryMoments(count.clone(), total, outer)  # each layer holds, and saves, its own
         else:
             old = self.moments
             self.moments = QueryMoments(old.count + count, old.total + total, old.outer + outer)
+
+    def _counting(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Which queries count, ``[B, length]`` bool, and how many, ``[B]`` float32."""
+        use = step.positions >= self.after
+        use = use & step.real if step.padded else use
+        return use, use.sum(dim=1, dtype=torch.float32)
 
     def select(self, rows: Ints) -> None:
         """Hold the sequences ``rows`` of the present ones."""

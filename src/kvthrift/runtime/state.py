@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvthrift.core import LayerView, ModuleFacts, Signals, no_facts
+from kvthrift.core import LayerView, ModuleFacts, Rope, Signals, no_facts
 from kvthrift.errors import CacheStateError, MissingSignalError, RecipeError
 from kvthrift.recipe import Recipe
 from kvthrift.runtime.cascade import Cascade
-from kvthrift.runtime.compress import check_floor, layer_totals, protected_entries
+from kvthrift.runtime.compress import Foretold, check_floor, layer_totals, protected_entries
 from kvthrift.runtime.fixed import FixedSteps
 from kvthrift.runtime.joint import compress_jointly
 from kvthrift.runtime.layer import LayerCache
@@ -24,8 +24,8 @@ from kvthrift.runtime.meter import Meter
 from kvthrift.runtime.received import plane_names
 from kvthrift.runtime.second_pass import SecondLook
 from kvthrift.runtime.segments import cut_segments
-from kvthrift.runtime.step import Columns, Ints, Step, on_device
-from kvthrift.store import LayerStore, entry_and_head_bytes
+from kvthrift.runtime.step import Columns, Ints, Step
+from kvthrift.store import LayerStore, entry_and_head_bytes, on_device, settle
 
 _FLOAT_BYTES = 4
 
@@ -45,7 +45,7 @@ class CacheState:
         self, recipe: Recipe, numbers: list[int], whole: set[int], *, page: int = 64, observe: Signals | None = None
     ) -> None:
         if recipe.budget is not None and recipe.budget.unit == "entries":
-            check_floor(recipe, torch.tensor([int(recipe.budget.amount)]))
+            check_floor(recipe, np.asarray([int(recipe.budget.amount)]))
         _check_timing(recipe)
         self.recipe = recipe
         self.page = page
@@ -70,9 +70,12 @@ class CacheState:
         self._postponed = False  # this pass ends with a compression of all layers together
         self._weights: dict[int, Tensor] = {}
         self._cascade = Cascade()
-        self._mean: Tensor | None = None  # entries per head the weighed layers share, [B]
+        self._ropes: list[tuple[torch.device, Rope, Rope]] = []  # where, as the model told, and there
+        self._mean: Ints | None = None  # entries per head the weighed layers share, [B]
         self._step: Step | None = None
         self._next = 0
+        self._beside: int | None = None  # bytes held outside the layer in flight
+        self._held = 0  # bytes held when the last layer of the pass in flight was through
 
     # -- one forward pass ----------------------------------------------------------------------------------------
 
@@ -111,7 +114,10 @@ class CacheState:
             if any(map(self.due, self.layers)):
                 self._check_segments()
         self._next = -1  # until this layer is through
-        out = self.layers[place].attend(self, q, k, v, scale=scale, step=step, facts=facts)
+        layer = self.layers[place]
+        self._beside = (self.held if place == 0 else self._held) - layer.bytes
+        out = layer.attend(self, q, k, v, scale=scale, step=step, facts=facts)
+        self._held, self._beside = self.held_by(layer), None
         if self.recipe.layers.scope == "joint":
             self._facts[place] = facts
         self._next = place + 1
@@ -130,6 +136,7 @@ class CacheState:
         if self.recipe.reuse > 1:
             for layer in self.layers:
                 layer.chosen = None
+        settle(layer.store for layer in self.layers if layer.store is not None)
         self._write_late()
         if step.length > 1:
             self.meter.saw(self.held)
@@ -174,8 +181,8 @@ class CacheState:
 
     def rooms(self, view: LayerView, store: LayerStore) -> tuple[Ints, Ints]:
         """Tokens of each sequence so far, and entries per head that it may hold on average: ``[B]`` each."""
-        seen = view.known_seen or tuple(view.seen.tolist())
-        return np.asarray(seen, dtype=np.int64), np.asarray(self._room(store, list(seen)), dtype=np.int64)
+        seen = list(view.tokens)
+        return np.asarray(seen, dtype=np.int64), np.asarray(self._room(store, seen), dtype=np.int64)
 
     def _room(self, store: LayerStore, seen: list[int]) -> list[int]:
         """Entries per head that the budget comes to for sequences of so many tokens."""
@@ -211,7 +218,7 @@ class CacheState:
             if rooms or self.recipe.layers.decides:
                 self._check_segments()
             if rooms:
-                check_floor(self.recipe, torch.tensor(rooms))
+                check_floor(self.recipe, np.asarray(rooms))
 
     def _check_segments(self, recipe: Recipe | None = None) -> None:
         """Refuse to compress by segments of a text whose tokens nobody told."""
@@ -224,18 +231,18 @@ class CacheState:
                 "cache.tell(ids, tokenizer=tokenizer) first."
             )
 
-    def layer_total(self, layer: LayerCache, view: LayerView, scores: Tensor, per_head: Tensor) -> Tensor:
-        """Entries per head of this layer, ``[B]`` int64."""
+    def layer_total(self, layer: LayerCache, view: LayerView, scores: Tensor, rooms: Ints) -> Ints | Tensor:
+        """Entries per head of this layer, ``[B]`` int64: on the host, if it can tell without a look at scores."""
         protected = self.recipe.protect.entries
         if self.recipe.layers.decides:
             wanted = self.recipe.layers.stop(view, scores, protected_entries(self.recipe, view))
-            return torch.minimum(wanted, per_head).clamp(min=protected)
+            return torch.minimum(wanted, on_device(rooms, wanted.device)).clamp(min=protected)
         if self.recipe.layers.scope == "layer":
-            return self.recipe.layers.total(view, per_head, protected)
-        self._mean = per_head
+            totals = self.recipe.layers.total(view, torch.from_numpy(rooms), protected)
+            return np.asarray(totals.numpy(), dtype=np.int64) if totals.device.type == "cpu" else totals
+        self._mean = rooms
         self._weights[layer.index] = self.recipe.layers.weight(view, scores)
-        totals = self._totals(per_head, {layer.index: view.lengths.amax(dim=1).cpu().numpy()})
-        return torch.from_numpy(totals[layer.index]).to(view.keys.device)
+        return self._totals(rooms, {layer.index: view.counted.max(axis=1)})[layer.index]
 
     def cascade(self, layer: LayerCache) -> None:
         """Cut the layers before this one to what their weight is worth now."""
@@ -244,19 +251,20 @@ class CacheState:
         heads = 0 if layer.store is None else layer.store.shape.kv_heads
         budget = int(self._mean.sum()) * heads * self.layer_count
         self._cascade.go_on(self, layer, self._totals(self._mean, {}), budget)
+        if self._beside is not None:
+            self._beside = self.held - layer.bytes
 
-    def _totals(self, per_head: Tensor, lengths: dict[int, Ints]) -> dict[int, Ints]:
+    def _totals(self, per_head: Ints, lengths: dict[int, Ints]) -> dict[int, Ints]:
         found = sorted(self._weights)
-        device = per_head.device
         known = {layer.index: layer for layer in self.layers if not layer.whole}
         caps = []
         for index in found:
             caps.append(lengths[index] if index in lengths else self._cascade.held(known[index], len(per_head)))
-        weights = [self._weights[index].to(device) for index in found]
+        weights = [self._weights[index].to(self._weights[found[0]].device) for index in found]
         totals = layer_totals(weights, per_head, self.recipe.protect.entries, caps, self.layer_count)
         return dict(zip(found, totals, strict=True))
 
-    def shared_choice(self, layer: LayerCache) -> Tensor | None:
+    def shared_choice(self, layer: LayerCache) -> tuple[Tensor, Foretold | None] | None:
         """What the layer this one copies kept, if it copies one."""
         behind = layer.index % self.recipe.reuse
         if not behind:
@@ -268,6 +276,17 @@ class CacheState:
         seen = self.columns.seen(batch)
         return seen if self._step is None else self._step.start + self._step.counts
 
+    def shared_rope(self, rope: Rope, device: torch.device) -> tuple[Rope, bool]:
+        """The same rotary embedding on a device, one object for all layers that have it; and whether it is new."""
+        for place, known, there in self._ropes:
+            same = place == device and known.attention_scaling == rope.attention_scaling
+            if same and known.inv_freq.device == rope.inv_freq.device and torch.equal(known.inv_freq, rope.inv_freq):
+                return there, False
+        here = rope.inv_freq.device.type == "cpu"
+        inv_freq = on_device(rope.inv_freq.numpy(), device) if here else rope.inv_freq.to(device)
+        self._ropes = [*self._ropes, (device, rope, Rope(inv_freq, rope.attention_scaling))]
+        return self._ropes[-1][2], True
+
     # -- keeping house -------------------------------------------------------------------------------------------
 
     @property
@@ -278,8 +297,13 @@ class CacheState:
     @property
     def held(self) -> int:
         """Bytes held in all layers, and by what they agreed on."""
-        agreed = [*self._weights.values(), *(t for t in (self._mean, self.segments) if t is not None)]
+        agreed: list[Tensor] = [*self._weights.values()]
+        agreed += [] if self.segments is None else [self.segments]
         return sum(layer.bytes for layer in self.layers) + sum(t.numel() * t.element_size() for t in agreed)
+
+    def held_by(self, layer: LayerCache) -> int:
+        """The same while ``layer`` is in flight and no other changes."""
+        return self.held if self._beside is None else self._beside + layer.bytes
 
     def crop(self, length: int) -> None:
         """Forget all columns from ``length`` on."""
@@ -347,6 +371,7 @@ class CacheState:
         else:
             for layer, known in zip(self.layers, facts, strict=True):
                 layer.compress_now(self, known)
+        settle(layer.store for layer in self.layers if layer.store is not None)
         self._write_late()
         for layer in self.layers:
             layer.settle(keep_observations=recipe.trigger.every is not None)

@@ -6,8 +6,10 @@ real query looks. Knows nothing of layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvthrift.errors import MaskError
+from kvthrift.store import on_device
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Step:
         counts: ``[B]`` real tokens of each sequence.
         start: ``[B]`` tokens each sequence had before.
         order: ``[B, length]`` columns with the real ones first, or None where all are real.
+        columns: ``[B, length]`` bool on the host, which columns are real, or None where all are.
+        shared: what layers need alike and only the first computes, by name.
     """
 
     length: int
@@ -36,6 +42,15 @@ class Step:
     start: Ints
     order: Tensor | None
     device: torch.device
+    columns: Bools | None = None
+    shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, name: Any, make: Callable[[], _T]) -> _T:
+        """What ``make`` gives, made for the first layer that asks for it under this name."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        found: _T = self.shared[name]
+        return found
 
     @property
     def padded(self) -> bool:
@@ -71,15 +86,6 @@ class Step:
             return x
         x = x.masked_fill(~self.real[:, None, :, None], 0.0)
         return torch.empty_like(x).scatter_(2, self.order[:, None, :, None].expand(x.shape), x)
-
-
-def on_device(numbers: Ints, device: torch.device) -> Tensor:
-    """The same numbers on a device, without waiting for what is under way there."""
-    if device.type != "cuda":
-        return torch.from_numpy(numbers).to(device)
-    if numbers.size and (numbers == numbers.flat[0]).all():
-        return torch.full(numbers.shape, int(numbers.flat[0]), device=device)
-    return torch.from_numpy(numbers).pin_memory().to(device, non_blocking=True)
 
 
 class Columns:
@@ -132,8 +138,8 @@ class Columns:
             )
         if new.all():
             return Step(length, np.full(batch, length, dtype=np.int64), start, None, device)
-        order = torch.from_numpy(np.argsort(~new, axis=1, kind="stable")).to(device)
-        return Step(length, new.sum(axis=1).astype(np.int64), start, order, device)
+        order = on_device(np.argsort(~new, axis=1, kind="stable"), device)
+        return Step(length, new.sum(axis=1).astype(np.int64), start, order, device, new)
 
     def advance(self, step: Step) -> None:
         """Remember the columns of a pass."""
@@ -141,9 +147,7 @@ class Columns:
         if self.history is None and not step.padded:
             self.length += step.length
             return
-        new = np.ones((batch, step.length), dtype=bool)
-        if step.order is not None:
-            np.put_along_axis(new, step.order.cpu().numpy(), step.real.cpu().numpy(), axis=1)
+        new = np.ones((batch, step.length), dtype=bool) if step.columns is None else step.columns
         past = np.ones((batch, self.length), dtype=bool) if self.history is None else self.history
         self.history = np.concatenate((past, new), axis=1)
         self.length += step.length

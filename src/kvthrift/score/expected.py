@@ -46,18 +46,30 @@ class ExpectedAttention(Scorer, name="expected_attention"):
     def score(self, view: LayerView) -> Tensor:
         if view.moments is None or view.rope is None:
             raise ValueError("the runtime did not gather the query moments that were declared")
-        turn = mean_rotation(view.rope, view.seen, self.future, view.keys.shape[-1])  # [B, D, D]
-        mean, spread = torch.einsum("bij,bqj->bqi", turn, view.moments.mean), None
+        turn = self._turn(view, view.rope)  # [B, D, D]
+        mean, spread = view.moments.mean @ turn.transpose(-1, -2), None
         if self.covariance:
-            spread = torch.einsum("bij,bqjk,blk->bqil", turn, view.moments.covariance, turn)
+            spread = turn[:, None] @ view.moments.covariance @ turn.transpose(-1, -2)[:, None]
         logits = gaussian_logits(view.keys, mean, spread, view.scale)
-        sink = (view.positions < self.sinks) & view.valid
-        logits = logits.masked_fill((sink | ~view.valid)[:, :, None], -math.inf)
+        sink, hidden = self._sinks(view), self._hidden(view)
+        logits = logits.masked_fill(hidden[:, :, None], -math.inf)
         score = reduce(logits.softmax(dim=-1).nan_to_num(0.0), self.group, 2) + self.epsilon
         if self.value_norm:
             score = score * torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
-        top = score.masked_fill(~view.valid, 0.0).amax(dim=-1, keepdim=True)
+        top = (score if view.full else score.masked_fill(~view.valid, 0.0)).amax(dim=-1, keepdim=True)
         return torch.where(sink, top, score)
+
+    def _turn(self, view: LayerView, rope: Rope) -> Tensor:
+        """The mean rotation ahead, which layers with the same rotary embedding share."""
+        dim = view.keys.shape[-1]
+        return view.once(("turn", rope, self.future, dim), lambda: mean_rotation(rope, view.seen, self.future, dim))
+
+    def _sinks(self, view: LayerView) -> Tensor:
+        return view.once(("sinks", self.sinks), lambda: (view.positions < self.sinks) & view.valid)
+
+    def _hidden(self, view: LayerView) -> Tensor:
+        """Sinks, and what is no entry."""
+        return view.once(("hidden", self.sinks), lambda: self._sinks(view) | ~view.valid)
 
 
 def mean_rotation(rope: Rope, seen: Tensor, future: int, dim: int) -> Tensor:

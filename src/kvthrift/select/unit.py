@@ -35,6 +35,11 @@ class Unit(Part, kind="unit"):
         """Whether cutting by the same scores in several steps keeps what cutting at once to the last would keep."""
         return False
 
+    @property
+    def exact(self) -> bool:
+        """Whether each head keeps exactly its count, whatever the scores."""
+        return False
+
     @abstractmethod
     def select(self, scores: Tensor, counts: Tensor, protected: Tensor, view: LayerView) -> Tensor:
         """Which entries stay: ``[B, H, T]`` bool, at most ``counts`` a head; protected ones always.
@@ -52,12 +57,18 @@ class TokenUnit(Unit, name="token"):
     """Every entry by itself: each head keeps exactly its count."""
 
     @property
+    def exact(self) -> bool:
+        return True
+
+    @property
     def nested(self) -> bool:
         return True
 
     def select(self, scores: Tensor, counts: Tensor, protected: Tensor, view: LayerView) -> Tensor:
-        ranked = scores.masked_fill(protected, float("inf")).masked_fill(~view.valid, float("-inf"))
-        return best(ranked, counts) & view.valid
+        ranked = scores.masked_fill(protected, float("inf"))
+        if view.full:
+            return best(ranked, counts)
+        return best(ranked.masked_fill(~view.valid, float("-inf")), counts) & view.valid
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvthrift.core import LayerShape
 from kvthrift.errors import CacheStateError, RecipeError
 from kvthrift.kernels.codes import Format
 from kvthrift.kernels.paged import Paged, paged_append, unfit
-from kvthrift.store.pool import PagePool, Pages
+from kvthrift.store.fresh import fresh_slots, fresh_table, most_pages, on_device
+from kvthrift.store.pool import PagePool
+from kvthrift.store.table import Lengths, PageTable, settle
 from kvthrift.store.tail import Tail, read_bytes
 
-Lengths = NDArray[np.int64]
+__all__ = ["LayerStore", "Lengths", "StoreView"]
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,16 @@ class StoreView:
     """A layer's entries as rectangles: ``keys [B, H, T, Dk]``, ``values [B, H, T, Dv]``, finite everywhere.
 
     ``bias [B, H, T]`` is added to logits: ``-inf`` where a head has fewer than T entries; None where all have T.
+    ``lengths [B, H]`` are there if it does nothing else.
     """
 
     keys: Tensor
     values: Tensor
     bias: Tensor | None
+    lengths: Tensor | None = None
 
 
-class LayerStore:
+class LayerStore(PageTable):
     """Ragged paged storage of one layer.
 
     Args:
@@ -68,27 +71,13 @@ class LayerStore:
         self.batch = batch
         self.page = page
         self.dtype = dtype
-        self.pool = PagePool(page, shape.key_dim, shape.value_dim, dtype, device, planes, _fitting(form, shape))
+        self.pool = PagePool(page, shape.key_dim, shape.value_dim, dtype, device, planes, self._fitting(form))
+        self.late: Tensor | None = None  # [B, H] lengths that so far only the device knows; see `settle`
         self.lengths = np.zeros((batch, shape.kv_heads), dtype=np.int64)
-        self.tail = self._empty_tail()
+        self.tail = self._empty_tail(batch * shape.kv_heads)
         self._set_table(np.full((batch * shape.kv_heads, 0), -1, dtype=np.int64))
 
     # -- sizes ---------------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pages are."""
-        return self.pool.keys.device
-
-    @property
-    def lengths(self) -> Lengths:
-        """``[B, H]`` entries of each head; replaced, never written to."""
-        return self._lengths
-
-    @lengths.setter
-    def lengths(self, lengths: Lengths) -> None:
-        self._lengths = lengths
-        self._on_device: Tensor | None = None  # the same, [B * H] int32, once a kernel asked for it
 
     @property
     def longest(self) -> int:
@@ -103,9 +92,9 @@ class LayerStore:
     @property
     def bytes(self) -> int:
         """Bytes of the live tensors: pages, tail, page table on the device included."""
-        lengths = 0 if self._on_device is None else self._on_device.numel() * self._on_device.element_size()
+        lengths = sum(0 if t is None else t.nbytes for t in (self._on_device, self.late))
         tail = 0 if self.tail is None else self.tail.bytes
-        return self.pool.bytes + self._index.numel() * self._index.element_size() + lengths + tail
+        return self.pool.bytes + self._index.nbytes + lengths + tail
 
     @property
     def payload(self) -> int:
@@ -183,7 +172,7 @@ class LayerStore:
             else:
                 real = np.broadcast_to(np.arange(t) < added[:, None, None], (b, h, t)).reshape(b * h, t)
                 slots = self._slots(np.nonzero(real)[0], places[real])
-                chosen = torch.from_numpy(np.flatnonzero(real)).to(self.device)
+                chosen = on_device(np.flatnonzero(real), self.device)
             for name, source in sources.items():
                 flat = source.reshape(b * h * t, *source.shape[3:])
                 self._tensor(name).flatten(0, 1).index_copy_(0, slots, flat if chosen is None else flat[chosen])
@@ -194,7 +183,7 @@ class LayerStore:
         keys: Tensor,
         values: Tensor,
         positions: Tensor,
-        lengths: Lengths,
+        lengths: Lengths | Tensor,
         *,
         planes: Mapping[str, Tensor] | None = None,
         form: Format | None = None,
@@ -204,31 +193,50 @@ class LayerStore:
         Args:
             keys, values: ``[N, Dk]``, ``[N, Dv]``, ordered by (sequence, head, position).
             positions: ``[N]`` int64.
-            lengths: ``[B, H]``, summing to N.
+            lengths: ``[B, H]`` int64, summing to N. Those on a device are not waited for: a few more pages are held
+                until the host asks for lengths, or :func:`settle` is called.
             planes: ``[N]`` each; the store holds these planes from now on, and no others.
             form: how full pages are written from now on; None for as they are.
         """
-        slots = self._renew(lengths, tuple(planes or {}), form)
+        entries = len(positions)
+        known = self._renew(lengths, tuple(planes or {}), form, entries)
         sources = {"positions": positions.to(torch.int32), **(planes or {})}
         if self.tail is None:
             sources |= {"keys": keys, "values": values}
-        else:
-            self.tail.fill(self.pool, keys, values, lengths.reshape(-1), self.table)
-        for name, source in sources.items():
-            self._tensor(name).flatten(0, 1).index_copy_(0, slots, source)
-        self.lengths = lengths.copy()
+        elif known is not None:
+            self.tail.fill(self.pool, keys, values, known.reshape(-1), self._table)
+        if known is not None and self._dense and (known == known.flat[0]).all():
+            for name, source in sources.items():
+                shape = (*known.shape, int(known.flat[0]), *source.shape[1:])
+                self._rectangle(self._tensor(name))[:, :, : shape[2]] = source.reshape(shape)
+            return
+        on = self.late if known is None else on_device(known, self.device)
+        if entries and on is not None:
+            slots = fresh_slots(on.reshape(-1), entries, self.page)
+            for name, source in sources.items():
+                self._tensor(name).flatten(0, 1).index_copy_(0, slots, source)
 
-    def _renew(self, lengths: Lengths, planes: tuple[str, ...], form: Format | None) -> Tensor:
-        """Own fresh pages for ``lengths`` entries, and nothing else; their flat slot numbers."""
+    def _renew(
+        self, lengths: Lengths | Tensor, planes: tuple[str, ...], form: Format | None, entries: int
+    ) -> Lengths | None:
+        """Own fresh pages for so many entries, and nothing else; their lengths, where the host knows them."""
         self._release()
-        self.pool = self._new_pool(planes, form)
-        self._set_table(np.full((lengths.size, 0), -1, dtype=np.int64))
-        self.batch = lengths.shape[0]
-        self.lengths = np.zeros_like(lengths)
-        self.tail = self._empty_tail()
-        self._reserve(lengths, spare=False)
-        steps = np.arange(int(lengths.max(initial=0)))
-        return self._slots(*np.nonzero(steps < lengths.reshape(-1, 1)))
+        form = self._fitting(form)
+        self.batch, rows = lengths.shape[0], lengths.shape[0] * lengths.shape[1]
+        if isinstance(lengths, Tensor) and form is not None:
+            lengths = lengths.cpu().numpy()  # pages in few bits are written by heads
+        if isinstance(lengths, Tensor):
+            self.pool = self._new_pool(planes, form, most_pages(rows, entries, self.page))
+            self.lengths = np.zeros(lengths.shape, dtype=np.int64)
+            self._set_table(self._table)
+            self.late, self._promised = lengths, entries
+        else:
+            table = fresh_table(lengths.reshape(-1), self.page)
+            self.pool = self._new_pool(planes, form, int((table >= 0).sum()))
+            self.lengths = lengths.copy()
+            self._set_table(table)
+        self.tail = self._empty_tail(rows)
+        return None if isinstance(lengths, Tensor) else self._lengths
 
     def rewrite(self, form: Format | None) -> None:
         """Write full pages in another form from now on, and those that are held again."""
@@ -283,18 +291,18 @@ class LayerStore:
 
     def read(self) -> StoreView:
         """All entries as rectangles of the longest head's length."""
-        bias = None
+        bias = lengths = None
         if not self.uniform:
-            bias = self._absence()
+            bias, lengths = self._absence(), self._counted().view(self.lengths.shape)
         if "bias" in self.pool.planes:
             logged = self._rectangle(self.pool.planes["bias"])[:, :, : self.longest]
-            bias = logged if bias is None else bias + logged
+            bias, lengths = logged if bias is None else bias + logged, None
         if self.tail is None:
             keys, values = (self._rectangle(t)[:, :, : self.longest] for t in (self.pool.keys, self.pool.values))
-            return StoreView(keys, values, bias)
+            return StoreView(keys, values, bias, lengths)
         found = self.tail.read(self.pool, self._index, self.lengths.reshape(-1))
         keys, values = (t.view(*self.lengths.shape, *t.shape[1:])[:, :, : self.longest] for t in found)
-        return StoreView(keys, values, bias)
+        return StoreView(keys, values, bias, lengths)
 
     @property
     def unfit(self) -> str | None:
@@ -304,18 +312,23 @@ class LayerStore:
 
     def paged(self) -> Paged:
         """The pages themselves, for kernels that read and write them where they lie."""
-        if self._on_device is None:
-            self._on_device = torch.from_numpy(self.lengths.reshape(-1).astype(np.int32)).to(self.device)
-        table, pool = self._index.view(self.table.shape), self.pool
+        lengths, table, pool = self._counted(), self._index.view(self.table.shape), self.pool
         if self.tail is None:
-            return Paged(pool.keys, pool.values, pool.positions, table, self._on_device, pool.planes.get("bias"))
+            return Paged(pool.keys, pool.values, pool.positions, table, lengths, pool.planes.get("bias"))
         self.tail.own()
         tail, bias = self.tail, pool.planes.get("bias")
-        return Paged(tail.keys, tail.values, pool.positions, table, self._on_device, bias, pool.coded)
+        return Paged(tail.keys, tail.values, pool.positions, table, lengths, bias, pool.coded)
+
+    def _counted(self) -> Tensor:
+        """``[B * H]`` int32 lengths on the device."""
+        if self._on_device is None:
+            self._on_device = on_device(self.lengths.reshape(-1).astype(np.int32), self.device)
+        return self._on_device
 
     def positions(self) -> Tensor:
         """``[B, H, T]`` int64 true positions (0 where there is no entry)."""
-        return self._rectangle(self.pool.positions)[:, :, : self.longest].long()
+        longest = self.longest
+        return self._rectangle(self.pool.positions)[:, :, :longest].long()
 
     def mass(self) -> Tensor | None:
         """``[B, H, T]`` float32 log mass on the logits, where entries were folded into others."""
@@ -323,11 +336,12 @@ class LayerStore:
 
     def plane(self, name: str) -> Tensor:
         """``[B, H, T]`` float32."""
-        return self._rectangle(self.pool.planes[name])[:, :, : self.longest]
+        longest = self.longest
+        return self._rectangle(self.pool.planes[name])[:, :, :longest]
 
     def valid(self) -> Tensor:
         """``[B, H, T]`` bool: which places hold an entry."""
-        lengths = torch.from_numpy(self.lengths).to(self.device)
+        lengths = on_device(self.lengths, self.device)
         return torch.arange(self.longest, device=self.device) < lengths[..., None]
 
     def _absence(self) -> Tensor:
@@ -355,6 +369,7 @@ class LayerStore:
     def fork(self) -> LayerStore:
         """Another store with the same entries; pages are shared until one side writes to them."""
         other = object.__new__(LayerStore)
+        other.late = None
         other.shape, other.batch, other.page, other.dtype = self.shape, self.batch, self.page, self.dtype
         other.pool = self.pool if self.table.size else self._new_pool(tuple(self.pool.planes), self.form)
         other.tail = None if self.tail is None else self.tail.fork()
@@ -379,6 +394,7 @@ class LayerStore:
         Raises:
             CacheStateError: a page is lost, owned twice, or the lengths do not match the tables.
         """
+        settle((self, *others))
         held = np.zeros(self.pool.total, dtype=np.int64)
         for store in (self, *others):
             pages = store.table[store.table >= 0]
@@ -393,105 +409,24 @@ class LayerStore:
 
     # -- pages ---------------------------------------------------------------------------------------------------
 
-    def _tensor(self, name: str) -> Tensor:
-        pool = self.pool
-        return {"keys": pool.keys, "values": pool.values, "positions": pool.positions, **pool.planes}[name]
-
-    def _set_table(self, table: Pages) -> None:
-        self.table = table
-        width = table.shape[1]
-        in_order = np.array_equal(table.reshape(-1), np.arange(table.size))
-        alone = self.pool.stores == 1 and self.pool.total == table.size
-        self._dense = alone and in_order and bool((self.pool.counts == 1).all())
-        filled = table if self._dense or not width else np.where(table < 0, table[:, :1].clip(min=0), table)
-        self._owned = (table >= 0).sum(axis=1)
-        self._index = torch.from_numpy(np.ascontiguousarray(filled).reshape(-1)).to(self.device, torch.int32)
-
-    def _rectangle(self, tensor: Tensor) -> Tensor:
-        """``[pages, page, ...] -> [B, H, width * page, ...]``: a view where pages lie in order, else a gather."""
-        rows = tensor if self._dense and self.pool.total == self.table.size else tensor.index_select(0, self._index)
-        return rows.view(self.batch, self.shape.kv_heads, self.table.shape[1] * self.page, *tensor.shape[2:])
-
-    def _slots(self, rows: Pages, places: Pages) -> Tensor:
-        """Flat slot numbers of the ``places`` within heads ``rows``; the two broadcast."""
-        slots = self.table[rows, places // self.page] * self.page + places % self.page
-        return torch.from_numpy(slots.reshape(-1)).to(self.device)
-
     def next_slots(self) -> Tensor:
         """Flat slot numbers of the entries that come next, one for each head; the host is not asked."""
         paged = self.paged()
         at = paged.lengths.long()[:, None]
         return (paged.table.gather(1, at // self.page).long() * self.page + at % self.page)[:, 0]
 
-    def _reserve(self, lengths: Lengths, *, spare: bool = True) -> None:
-        """Own enough private pages to hold ``lengths [B, H]`` entries and write behind the present ones."""
-        needed = -(-lengths.reshape(-1) // self.page)
-        enough = bool((needed <= self._owned).all())
-        if enough and (self._dense or not (self.pool.counts > 1).any()):
-            return
-        if self._dense or not self.pool.total:
-            width = int(needed.max())
-            if (needed == width).all():
-                self.pool.widen(len(needed), width + (width // 32 if spare else 0))
-                self._set_table(np.arange(self.pool.total, dtype=np.int64).reshape(len(needed), -1))
-                return
-        written = self.lengths if self.form is None else np.maximum(self.lengths - 1, 0)  # a full tail's page is, too
-        self._own(written.reshape(-1) // self.page, needed)
-        owned = self._owned
-        missing = np.maximum(needed - owned, 0)
-        if not missing.any():
-            return
-        count = int(missing.sum())
-        if spare and count > self.pool.free:
-            self.pool.resize(self.pool.total + count - self.pool.free + self.pool.total // 64)
-        width = max(int((owned + missing).max()), self.table.shape[1])
-        table = np.full((len(needed), width), -1, dtype=np.int64)
-        table[:, : self.table.shape[1]] = self.table
-        steps = np.arange(width)
-        table[(steps >= owned[:, None]) & (steps < (owned + missing)[:, None])] = self.pool.take(count)
-        self._set_table(table)
+    def _new_pool(self, planes: tuple[str, ...], form: Format | None, total: int = 0) -> PagePool:
+        shape = self.shape
+        return PagePool(self.page, shape.key_dim, shape.value_dim, self.dtype, self.device, planes, form, total)
 
-    def _own(self, first: Pages, stop: Pages) -> None:
-        """Copy each head's pages ``first .. stop - 1`` where others share them: sharing ends with the first write."""
-        steps = np.arange(self.table.shape[1])
-        shared = (self.table >= 0) & (steps >= first[:, None]) & (steps < stop[:, None])
-        shared[shared] = self.pool.counts[self.table[shared]] > 1
-        if not shared.any():
-            return
-        old = self.table[shared]
-        fresh = self.pool.take(len(old))
-        self.pool.copy(old, fresh)
-        self.pool.release(old)
-        table = self.table.copy()
-        table[shared] = fresh
-        self._set_table(table)
+    def _fitting(self, form: Format | None) -> Format | None:
+        why = None if form is None else form.unfit(self.shape.key_dim, self.shape.value_dim)
+        if why is not None:
+            raise RecipeError(f"{why}. Leave the codec out.")
+        return form
 
-    def _new_pool(self, planes: tuple[str, ...], form: Format | None) -> PagePool:
-        form, shape = _fitting(form, self.shape), self.shape
-        return PagePool(self.page, shape.key_dim, shape.value_dim, self.dtype, self.device, planes, form)
-
-    def _empty_tail(self) -> Tail | None:
+    def _empty_tail(self, rows: int) -> Tail | None:
         if self.form is None:
             return None
         dims = self.shape.key_dim, self.shape.value_dim
-        return Tail.empty(self.form, self.lengths.size, self.page, dims, self.dtype, self.device)
-
-    def _release(self) -> None:
-        pages = self.table[self.table >= 0]
-        self.table = np.full((self.table.shape[0], 0), -1, dtype=np.int64)
-        self.pool.release(pages)
-        self.pool.stores -= 1
-
-    def __del__(self) -> None:
-        # at interpreter exit numpy, and contextlib too, may be gone before us
-        try:  # noqa: SIM105
-            self._release()
-        except Exception:
-            pass
-
-
-def _fitting(form: Format | None, shape: LayerShape) -> Format | None:
-    why = None if form is None else form.unfit(shape.key_dim, shape.value_dim)
-    if why is not None:
-        raise RecipeError(f"{why}. Leave the codec out.")
-    return form
+        return Tail.empty(self.form, rows, self.page, dims, self.dtype, self.device)

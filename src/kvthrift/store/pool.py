@@ -10,15 +10,15 @@ list it; a page handed out is zero, so that reading its unused tail is harmless.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvthrift.errors import CacheStateError
 from kvthrift.kernels.codes import Coded, Format, groups
-
-Pages = NDArray[np.int64]
+from kvthrift.store.fresh import Pages, on_device
 
 
 class PagePool:
@@ -30,6 +30,7 @@ class PagePool:
         dtype, device: of keys and values.
         planes: names of float32 numbers kept beside each entry.
         form: how keys and values are written; None for as they are.
+        total: pages to begin with, zero, each with one owner.
     """
 
     def __init__(
@@ -41,22 +42,25 @@ class PagePool:
         device: torch.device,
         planes: tuple[str, ...] = (),
         form: Format | None = None,
+        total: int = 0,
     ) -> None:
         self.page = page
         self.form = form
         self.marks: dict[str, Tensor] = {}
-        if form is None:
-            self.keys = _fresh((0, page, key_dim), dtype, device)
-            self.values = _fresh((0, page, value_dim), dtype, device)
-        else:
-            self.keys = _fresh((0, page, key_dim // form.together), torch.uint8, device)
-            self.values = _fresh((0, value_dim // form.together, page), torch.uint8, device)
-            for mark in ("scale", "middle")[: form.marks]:
-                self.marks[f"key_{mark}"] = _fresh((0, key_dim), torch.float16, device)
-                self.marks[f"value_{mark}"] = _fresh((0, groups(value_dim), page), torch.float16, device)
-        self.positions = _fresh((0, page), torch.int32, device)
-        self.planes = {name: _fresh((0, page), torch.float32, device) for name in planes}
-        self.counts: Pages = np.zeros(0, dtype=np.int64)
+        zeros = partial(torch.zeros, device=device)
+        with torch.inference_mode(False):  # so that it may be written to in and out of inference mode
+            if form is None:
+                self.keys = zeros((total, page, key_dim), dtype=dtype)
+                self.values = zeros((total, page, value_dim), dtype=dtype)
+            else:
+                self.keys = zeros((total, page, key_dim // form.together), dtype=torch.uint8)
+                self.values = zeros((total, value_dim // form.together, page), dtype=torch.uint8)
+                for mark in ("scale", "middle")[: form.marks]:
+                    self.marks[f"key_{mark}"] = zeros((total, key_dim), dtype=torch.float16)
+                    self.marks[f"value_{mark}"] = zeros((total, groups(value_dim), page), dtype=torch.float16)
+            self.positions = zeros((total, page), dtype=torch.int32)
+            self.planes = {name: zeros((total, page), dtype=torch.float32) for name in planes}
+        self.counts: Pages = np.ones(total, dtype=np.int64)
         self.stores = 1  # how many tables list pages from here
 
     @property
@@ -100,8 +104,11 @@ class PagePool:
             self.resize(self.total + count - self.free)
         pages = np.flatnonzero(self.counts == 0)[:count]
         self.counts[pages] = 1
-        if count:
-            index = torch.from_numpy(pages).to(self.keys.device)
+        if count and pages[-1] - pages[0] == count - 1:
+            for tensor in self.tensors():
+                tensor[pages[0] : pages[-1] + 1] = 0
+        elif count:
+            index = on_device(pages, self.keys.device)
             for tensor in self.tensors():
                 tensor.index_fill_(0, index, 0)
         return pages
@@ -141,8 +148,7 @@ class PagePool:
 
     def copy(self, source: Pages, target: Pages) -> None:
         """Copy whole pages."""
-        src = torch.from_numpy(source).to(self.keys.device)
-        dst = torch.from_numpy(target).to(self.keys.device)
+        src, dst = on_device(source, self.keys.device), on_device(target, self.keys.device)
         for tensor in self.tensors():
             tensor.index_copy_(0, dst, tensor.index_select(0, src))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvthrift.errors import CacheStateError
 from kvthrift.kernels.codes import Format
+from kvthrift.store.fresh import on_device
 from kvthrift.store.layer import LayerStore, Lengths
 from kvthrift.store.tail import Tail
 
@@ -70,4 +71,4 @@ def _pages(store: LayerStore, lengths: Lengths) -> Tensor:
     """The pages that hold entries, ordered by row."""
     needed = -(-lengths.reshape(-1) // store.page)
     listed = store.table[np.arange(store.table.shape[1]) < needed[:, None]]
-    return torch.from_numpy(listed).to(store.device)
+    return on_device(listed, store.device)

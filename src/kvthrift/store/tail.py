@@ -15,7 +15,8 @@ from torch import Tensor
 from kvthrift.core import LayerShape
 from kvthrift.errors import CacheStateError
 from kvthrift.kernels.codes import Format, read_keys, read_values, write_keys, write_values
-from kvthrift.store.pool import PagePool, Pages
+from kvthrift.store.fresh import Pages, on_device
+from kvthrift.store.pool import PagePool
 
 _AT_ONCE = 1024  # pages
 
@@ -181,7 +182,7 @@ class Tail:
             )
 
     def _on(self, numbers: Pages) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.keys.device)
+        return on_device(numbers, self.keys.device)
 
 
 def entry_and_head_bytes(shape: LayerShape, dtype: torch.dtype, page: int, form: Format | None) -> tuple[int, int]:

@@ -16,9 +16,11 @@ _LONGEST_STEP = 16384
 
 @triton.jit
 def _ordered(at, mask):
-    """Integers in the order of the floats, minus zero as zero; the least of them where there is none."""
-    bits = (tl.load(at, mask=mask, other=0.0) + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(mask, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -2147483647)
+    """Integers in the order of the floats, minus zero as zero, NaN above all; the least of them where there is none."""
+    value = tl.load(at, mask=mask, other=0.0) + 0.0
+    bits = value.to(tl.int32, bitcast=True)
+    bits = tl.where(value != value, 0x7FC00000, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+    return tl.where(mask, bits, -2147483647)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Sums over queries of what they were before the rotary embedding, and of their outer products.
+"""Sums over queries of what they were before the rotary embedding, and of their outer products, for any head.
 
 Each program turns a run of one head's queries back and adds them up in float32; the few runs of a head are added
 afterwards. Queries are read once, and nothing of their size is written.
