@@ -114,7 +114,7 @@ def plan_read(
     """
     each = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     if not programs:
-        run = max(1, min(_LONGEST_RUN, max(-(-pages // (2 * each)), min(_SHORT_RUN, pages // each))))
+        run = max(1, min(_LONGEST_RUN, max(-(-pages // (2 * each)), min(_SHORT_RUN, round(pages / each)))))
         programs = rows * -(-pages // (rows * run)) if even and rows else -(-pages // run)
     programs = max(programs, 1)
     return ReadPlan(
