@@ -1,6 +1,9 @@
 """Runs one engine in this process, so that its block pool can be watched, and prints what was seen as JSON.
 
 python tests/vllm/engine.py '{"kvthrift": {...}, "rounds": [{"requests": 4, ...}, ...], ...}'
+
+On a GPU it shares the device with others: its cache is small, and CUDA graphs are captured only if asked for ("graphs":
+"full" or "both", which compiles too).
 """
 
 from __future__ import annotations
@@ -8,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # scheduler and worker in one process
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 import torch
 from tests.vllm.texts import prompts
@@ -43,18 +48,17 @@ class Run:
         extra = {"kvthrift": asked["kvthrift"]} if "kvthrift" in asked else {}
         more = {"num_gpu_blocks_override": asked["blocks"]} if "blocks" in asked else {}
         self.engine = LLM(
-            str(embedded_path()),
+            asked.get("model") or str(embedded_path()),
             dtype=asked.get("dtype", "auto"),
             max_model_len=asked.get("length", 2048),
             max_num_seqs=16,
-            gpu_memory_utilization=0.3,
-            enforce_eager=True,
             block_size=BLOCK,
             enable_prefix_caching=asked.get("prefix", False),
             max_num_batched_tokens=asked.get("batched", 2048),
             additional_config=extra,
             enable_lora=asked.get("lora", False),
             seed=0,
+            **_device(asked),
             **more,
         ).llm_engine
         core = self.engine.engine_core.engine_core
@@ -116,12 +120,42 @@ class Run:
         """What each layer keeps of each request, whenever that has changed."""
         if self.record is None:
             return
+        for layer, name, tokens, book in self._gpu_books() if torch.cuda.is_available() else self._books():
+            seen = self.record.setdefault(name, {}).setdefault(layer, [])
+            if book.full and (not seen or seen[-1][1] != book.full):
+                seen.append((tokens, book.full, [head.cpu().clone() for head in book.positions]))
+
+    def _books(self) -> Iterator[tuple[int, str, int, Any]]:
+        """Each layer's book of each request, and how many tokens there were when it was written."""
         for layer, module in enumerate(self.engine.vllm_config.compilation_config.static_forward_context.values()):
             for name in module.impl.books.names:
                 book = module.impl.books.get(name)
-                seen = self.record.setdefault(name, {}).setdefault(layer, [])
-                if book.full and (not seen or seen[-1][1] != book.full):
-                    seen.append((book.seen, book.full, [head.clone() for head in book.positions]))
+                yield layer, name, book.seen, book
+
+    def _gpu_books(self) -> Iterator[tuple[int, str, int, Any]]:
+        """The same; on a GPU a group of layers has one ledger."""
+        runner = self.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        for group in (one for groups in runner.attn_groups for one in groups):
+            ledger = group.get_metadata_builder(0).kvthrift.ledger
+            for name in ledger.names:
+                entry = ledger.get(name)
+                for layer, book in zip(ledger.layers, entry.books, strict=True):
+                    yield layer, name, entry.moved, book
+
+
+def _device(asked: dict[str, Any]) -> dict[str, Any]:
+    """What an engine is told about its device."""
+    if not torch.cuda.is_available():
+        return {"enforce_eager": True, "gpu_memory_utilization": 0.3}
+    told: dict[str, Any] = {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 1 << 30}
+    told |= {"async_scheduling": asked.get("async", False), "tensor_parallel_size": asked.get("tp", 1)}
+    told |= {"attention_backend": asked["attention"]} if "attention" in asked else {}
+    sizes = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
+    if asked.get("graphs") == "full":
+        return {**told, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", **sizes}}
+    if asked.get("graphs") == "both":
+        return {**told, "compilation_config": sizes}
+    return {**told, "enforce_eager": True}
 
 
 def _is_at(request: Any, name: str, when: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -13,9 +14,10 @@ HERE = Path(__file__).parent
 
 
 def start(**asked: Any) -> subprocess.CompletedProcess[str]:
-    """What came of an engine, be it a failure."""
+    """What came of an engine, be it a failure; ``env`` are variables for its process."""
+    env = {**os.environ, **asked.pop("env", {})}
     words = [sys.executable, str(HERE / "engine.py"), json.dumps(asked)]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=env)
 
 
 def engine(**asked: Any) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kvthrift.cli import options as o
 from kvthrift.cli.choose import choose_recipe
-from kvthrift.integrations.vllm.contract import check_platform, check_version, installed
+from kvthrift.integrations.vllm.contract import check_served, installed
 from kvthrift.integrations.vllm.serving import command, outlook, settings_for
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}  # what we do not know is vLLM's
@@ -48,8 +48,7 @@ def serve(
 
     All other flags are vLLM's and are handed on to it (see its own --help).
     """
-    check_version(installed())
-    check_platform()
+    check_served()
     chosen = choose_recipe(name=method, options=option or [], file=recipe, budget=budget, every=every, merge=None)
     asked: dict[str, Any] = {"recipe": chosen.plain()}
     flags = {"chunks": chunks, "groups": groups, "check": check}

@@ -82,6 +82,7 @@ def test_unequal_layers_are_classes_with_the_mean_of_theirs() -> None:
         ({"method": "snapvk", "budget": 64}, KvthriftError, "snapkv"),
         ({"method": "snapkv", "budget": 64, "windo": 3}, KvthriftError, "windo"),
         ({"method": "h2o", "budget": 64}, RecipeError, "column sums"),
+        ({"method": "headkv", "budget": 64}, RecipeError, "heads of all layers"),
         ({"method": "expected_attention", "budget": 64}, RecipeError, "query mean"),
         ({"method": "cake", "budget": 64}, RecipeError, "never sees"),
         ({"method": "snapkv"}, RecipeError, "no budget"),

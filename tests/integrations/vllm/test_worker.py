@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import kvthrift
 from kvthrift.allocate import BudgetLayers
-from kvthrift.errors import CacheStateError, ModelMismatchError
+from kvthrift.errors import CacheStateError, ModelMismatchError, UnsupportedModelError
 from kvthrift.integrations.vllm.plan import Policy
 from kvthrift.integrations.vllm.runner import Rows, layer_index
 from kvthrift.integrations.vllm.settings import Settings
-from kvthrift.integrations.vllm.worker import Step, _check_calibration, check_blocks, read_rows, shifted
+from kvthrift.integrations.vllm.worker import (
+    Step,
+    _check_calibration,
+    _refuse,
+    check_blocks,
+    read_rows,
+    refuse_attention,
+    refuse_together,
+    shifted,
+)
 
 BLOCK = 4
 POLICY = Policy(entries=8)
@@ -60,6 +71,13 @@ def test_counts_that_differ_are_noticed(freed: int) -> None:
         check_blocks(step, POLICY, BLOCK, {"a": freed, "b": 0}.get)
 
 
+def test_a_scheduler_that_is_ahead_may_have_taken_fewer_blocks_and_no_more() -> None:
+    step = step_of([20, 9], [1, 1], [22, 10], GOOD)
+    check_blocks(step, POLICY, BLOCK, {"a": 0, "b": 0}.get, late=True)
+    with pytest.raises(CacheStateError, match="and 4 by"):
+        check_blocks(step, POLICY, BLOCK, {"a": 4, "b": 0}.get, late=True)
+
+
 @pytest.mark.parametrize(
     ("table", "word"),
     [
@@ -81,6 +99,91 @@ def test_a_shared_beginning_is_no_fault_and_what_was_given_back_may_be_anybodys(
         check_blocks(step_of([20, 20], [4, 4], [12, 12], same, often), often, BLOCK, lambda _: None)
     given = [[9, 9, 9, 4, 5, 6], [7, 8, 9, 0, 0, 0]]
     check_blocks(step_of([20, 9], [1, 1], [22, 10], given), POLICY, BLOCK, lambda _: None)
+
+
+def config(device: str = "cuda", **changed: Any) -> Any:
+    """As much of an engine's config as is looked at."""
+    values: dict[str, Any] = {
+        "kv_transfer_config": None,
+        "speculative_config": None,
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "use_ubatching": False,
+        "async_scheduling": False,
+        "cache_dtype": "auto",
+        **changed,
+    }
+    return SimpleNamespace(
+        device_config=SimpleNamespace(device_type=device),
+        kv_transfer_config=values["kv_transfer_config"],
+        speculative_config=values["speculative_config"],
+        parallel_config=SimpleNamespace(**values),
+        scheduler_config=SimpleNamespace(**values),
+        cache_config=SimpleNamespace(**values),
+        model_config=SimpleNamespace(is_mm_prefix_lm=values.get("prefix", False)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"kv_transfer_config": "x"}, "KV connector"),
+        ({"speculative_config": "x"}, "speculative"),
+        ({"decode_context_parallel_size": 2}, "context parallelism"),
+        ({"pipeline_parallel_size": 2}, "pipeline"),
+        ({"use_ubatching": True}, "DBO"),
+        ({"cache_dtype": "fp8"}, "dtype fp8"),
+        ({"prefix": True}, "bidirectional"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_was_not_shown_to_be_right_is_refused(device: str, changed: dict[str, Any], word: str) -> None:
+    _refuse(config(device))
+    with pytest.raises(UnsupportedModelError, match=word):
+        _refuse(config(device, **changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"), [({"tensor_parallel_size": 2}, "tensor"), ({"async_scheduling": True}, "asynchronous")]
+)
+def test_what_is_done_on_gpus_only_is_refused_on_a_cpu(changed: dict[str, Any], word: str) -> None:
+    _refuse(config("cuda", **changed))
+    with pytest.raises(UnsupportedModelError, match=word):
+        _refuse(config("cpu", **changed))
+
+
+def test_chunks_need_blocks_back_at_once() -> None:
+    settings = Settings(kvthrift.method("snapkv", budget=64), POLICY, (POLICY,))
+    often = replace(settings, policy=replace(POLICY, chunk=8))
+    refuse_together(settings, config(async_scheduling=True))
+    refuse_together(often, config())
+    with pytest.raises(UnsupportedModelError, match="--no-async-scheduling"):
+        refuse_together(often, config(async_scheduling=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"logits_soft_cap": 30.0}, "soft-cap"),
+        ({"alibi_slopes": torch.ones(2)}, "ALiBi"),
+        ({"sinks": torch.ones(2)}, "sinks"),
+        ({"kv_sharing_target_layer_name": "other"}, "another layer's"),
+        ({"attn_type": "encoder"}, "both sides"),
+        ({"kv_cache_dtype": "fp8"}, "cache in fp8"),
+    ],
+)
+def test_attention_that_is_not_plain_is_refused(changed: dict[str, Any], word: str) -> None:
+    plain: dict[str, Any] = {
+        "logits_soft_cap": 0,
+        "alibi_slopes": None,
+        "sinks": None,
+        "kv_sharing_target_layer_name": None,
+        "attn_type": "decoder",
+        "kv_cache_dtype": "auto",
+    }
+    refuse_attention(SimpleNamespace(**plain))
+    with pytest.raises(UnsupportedModelError, match=word):
+        refuse_attention(SimpleNamespace(**{**plain, **changed}))
 
 
 def test_numbers_of_another_model_are_refused() -> None:

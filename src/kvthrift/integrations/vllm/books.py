@@ -49,9 +49,9 @@ class Book:
         end = len(found) - (self.seen - at)
         return found[max(0, end - window) : end]
 
-    def positions_of(self, heads: int, block: int, at: int) -> list[Tensor]:
+    def positions_of(self, heads: int, block: int, at: int, device: torch.device | None = None) -> list[Tensor]:
         """Positions of every entry of each head when there are ``at`` tokens."""
-        behind = torch.arange(self.full * block, at)
+        behind = torch.arange(self.full * block, at, device=device)
         return [torch.cat((self.positions[h], behind)) if self.positions else behind for h in range(heads)]
 
 

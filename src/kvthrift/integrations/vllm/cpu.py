@@ -11,19 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
-from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
 
-from kvthrift.errors import UnsupportedModelError
 from kvthrift.integrations.vllm import worker
 from kvthrift.integrations.vllm.books import Book, Books
-from kvthrift.integrations.vllm.compact import kept_entries, request_view
 from kvthrift.integrations.vllm.cpu_pages import Pages
 from kvthrift.integrations.vllm.cpu_ragged import attend
+from kvthrift.integrations.vllm.moves import compact
 from kvthrift.integrations.vllm.plan import Plan
 from kvthrift.integrations.vllm.runner import asked_layer, layer_index, rows, unfinished, watch_layers, watch_runner
 from kvthrift.integrations.vllm.settings import Settings
@@ -74,7 +72,7 @@ class KvthriftCPUImpl(CPUAttentionBackendImpl):
 
             watch_layers(Attention)
             if self.sliding_window == -1:
-                _refuse(self)
+                worker.refuse_attention(self)
         KvthriftCPUBackend.settings = settings
         self.books = Books()
 
@@ -119,63 +117,12 @@ class KvthriftCPUImpl(CPUAttentionBackendImpl):
             book.queries.clear()
 
     def _compact(self, settings: Settings, index: int, pages: Pages, own: Tensor, found: Plan, book: Book) -> None:
-        """Choose what stays of a row, move it into the last of its full blocks, and note where each head's lies.
-
-        Args:
-            settings: of the server.
-            index: of the layer.
-            pages: its cache.
-            own: the row's blocks.
-            found: what becomes of them.
-            book: of the row.
-        """
-        recipe, size, heads = settings.recipe, pages.size, pages.heads
-        behind = own[book.full : -(-found.at // size)]
-        before = book.pages or pages.of(own[book.dropped : book.full])
-        keys, values = pages.read([torch.cat(both) for both in zip(before, pages.of(behind), strict=True)])
-        positions = book.positions_of(heads, size, found.at)
-        lengths = [len(head) for head in positions]
-        keys, values = ([head[:n] for head, n in zip(part, lengths, strict=True)] for part in (keys, values))
-        queries = book.before(found.at, recipe.needs.window) if book.queries else pages.no_queries(self.num_heads)
-        view = request_view(
-            keys,
-            values,
-            positions,
-            queries.transpose(0, 1),
-            seen=found.at,
-            scale=float(self.scale),
-            layer=index,
-            layers=settings.layers,
-        )
-        kept = kept_entries(recipe, view, block=size, kept=found.kept)
-        counts = [len(head) // size for head in kept]
-        there = own[found.dropped : found.full]
-        target = pages.of(there) if recipe.heads.uniform else pages.shared_out(there, counts)
-        pages.write(target, *([part[h][kept[h]] for h in range(heads)] for part in (keys, values)))
-        book.full, book.dropped = found.full, found.dropped
-        book.pages = [] if recipe.heads.uniform else target
-        if settings.follows or settings.check:
-            book.positions = [head[chosen].int() for head, chosen in zip(positions, kept, strict=True)]
-
-
-def _refuse(impl: CPUAttentionBackendImpl) -> None:
-    """Refuse a layer whose attention is not plain: neither scores nor the kernel's unequal heads know of that.
-
-    Raises:
-        UnsupportedModelError: with what it has.
-    """
-    has = {
-        "a logit soft-cap": impl.logits_soft_cap,
-        "ALiBi": impl.alibi_slopes,
-        "learned sinks": impl.sinks,
-        "another layer's cache": impl.kv_sharing_target_layer_name,
-        "attention to both sides or to an encoder": impl.attn_type != AttentionType.DECODER,
-    }
-    found = [name for name, value in has.items() if value is not None and (isinstance(value, Tensor) or value)]
-    if found:
-        raise UnsupportedModelError(
-            f"this model's attention has {' and '.join(found)}, which kvthrift does not compress inside vLLM."
-        )
+        """Choose what stays of a row, and move it into the last of its full blocks."""
+        if book.queries:
+            queries = book.before(found.at, settings.recipe.needs.window)
+        else:
+            queries = pages.no_queries(self.num_heads)
+        compact(settings, pages, own, found, book, queries, layer=index, scale=float(self.scale))
 
 
 class KvthriftCPUBackend(CPUAttentionBackend):

@@ -13,7 +13,7 @@ from prometheus_client import Counter
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from kvthrift.errors import UnsupportedModelError
-from kvthrift.integrations.vllm.contract import check_platform, check_version, installed
+from kvthrift.integrations.vllm.contract import check_served
 from kvthrift.integrations.vllm.freed import Freed, freed_by
 from kvthrift.integrations.vllm.settings import Settings
 from kvthrift.integrations.vllm.worker import settings_of
@@ -29,7 +29,8 @@ class KvthriftStats(AggregateStatLoggerBase):
     """Counts what finished requests gave back; nothing where the engine was not configured for kvthrift.
 
     vLLM does not report aborted requests to its loggers, so they are not counted; of a preempted request only what it
-    gave back in the end is.
+    gave back in the end is. Where steps are scheduled ahead blocks come back a step later, and an answer that was cut
+    at its limit has had one step less.
     """
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
@@ -50,7 +51,8 @@ class KvthriftStats(AggregateStatLoggerBase):
             return
         labels = (self._config.model_config.served_model_name, str(engine_idx))
         for one in iteration_stats.finished_requests:
-            found = self._freed(settings, one.num_prompt_tokens, one.num_generation_tokens)
+            late = self._config.scheduler_config.async_scheduling and str(one.finish_reason) == "length"
+            found = self._freed(settings, one.num_prompt_tokens, one.num_generation_tokens - int(late))
             for name, amount in zip(NAMES, (int(found.blocks > 0), found.blocks, found.bytes), strict=True):
                 self._counters[name].labels(*labels).inc(amount)
 
@@ -65,8 +67,7 @@ class KvthriftStats(AggregateStatLoggerBase):
 
 def _settings(config: Any) -> Settings | None:
     try:
-        check_version(installed())
-        check_platform()
+        check_served()
     except UnsupportedModelError:  # the plugin has said so
         return None
     return settings_of(config)

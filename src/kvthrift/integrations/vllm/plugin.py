@@ -6,21 +6,29 @@ import logging
 import sys
 
 from kvthrift.errors import UnsupportedModelError
-from kvthrift.integrations.vllm.contract import check_platform, check_version, installed
+from kvthrift.integrations.vllm.contract import check_served
+from kvthrift.integrations.vllm.runner import watch_groups
 from kvthrift.integrations.vllm.settings import KEY
+
+_BACKENDS = {
+    "cpu": {"CPU_ATTN": "cpu.KvthriftCPUBackend"},
+    "cuda": {
+        "FLASH_ATTN": "gpu_flash.KvthriftFlashBackend",
+        "TRITON_ATTN": "gpu_triton.KvthriftTritonBackend",
+    },
+}
 
 
 def register() -> None:
     """Put kvthrift's backend in the place of vLLM's; it does what vLLM's does unless the engine's config asks for more.
 
-    With a vLLM outside the tested range, or on a GPU, nothing is put anywhere, and one line says so.
+    With a vLLM outside the tested range, or on a device that is not served, nothing is put anywhere; one line says so.
 
     Raises:
         UnsupportedModelError: such a vLLM, and the command line asks for kvthrift.
     """
     try:
-        check_version(installed())
-        check_platform()
+        device = check_served()
     except UnsupportedModelError as error:
         if any(f'"{KEY}"' in word for word in sys.argv):
             raise
@@ -28,6 +36,11 @@ def register() -> None:
         return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from kvthrift.integrations.vllm import spec  # noqa: F401  (every process must know the spec it may be sent)
+    from kvthrift.integrations.vllm import spec  # every process must know the spec it may be sent
 
-    register_backend(AttentionBackendEnum.CPU_ATTN, "kvthrift.integrations.vllm.cpu.KvthriftCPUBackend")
+    if device == "cuda":
+        from vllm.v1.core import kv_cache_utils
+
+        watch_groups(kv_cache_utils, spec.check_compressed)
+    for name, backend in _BACKENDS[device].items():
+        register_backend(AttentionBackendEnum[name], f"kvthrift.integrations.vllm.{backend}")

@@ -1,46 +1,75 @@
 """What the worker's model runner knows of each row of a batch. The one place that touches it.
 
 vLLM hands a backend's metadata builder the batch, but not each request's prompt length or id, and asks a backend about
-a layer's cache without saying which layer. One private method of the runner and one method of attention layers are
-wrapped to learn that (``contract.py`` lists both).
+a layer's cache without saying which layer. A few private methods of its two runners and one method of attention layers
+are wrapped to learn that (``contract.py`` lists them).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from kvthrift.errors import UnsupportedModelError
 
-_RUNNER = "vllm.v1.worker.gpu_model_runner"
-_METHOD = "_build_attention_metadata"
-_current: list[Any] = []
+_FIRST = "vllm.v1.worker.gpu_model_runner"
+_SECOND = "vllm.v1.worker.gpu.model_runner"
+_current: list[tuple[Any, Any]] = []  # the runner whose metadata is being built, and its batch
+_preempted: set[str] = set()
 _asked: list[str] = []
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Of each request in the batch, in order: its id, and its prompt's tokens."""
+    """Of each request in the batch, in order: its id, its prompt's tokens, and those that are in the cache."""
 
     ids: tuple[str, ...]
     prompts: tuple[int, ...]
+    done: tuple[int, ...] = ()
 
 
-def watch_runner() -> None:
-    """Learn from now on which runner builds metadata; once a process."""
-    runner = sys.modules[_RUNNER].GPUModelRunner
-    stock = getattr(runner, _METHOD)
+def _wrap(owner: Any, name: str, before: Callable[..., None]) -> None:
+    """Call ``before`` with the arguments of each call of a method; once a process."""
+    stock = getattr(owner, name)
     if getattr(stock, "kvthrift", False):
         return
 
-    def build(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _current[:] = [self]
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before(self, *args, **kwargs)
         return stock(self, *args, **kwargs)
 
-    build.kvthrift = True  # type: ignore[attr-defined]
-    setattr(runner, _METHOD, build)
+    method.kvthrift = True  # type: ignore[attr-defined]
+    setattr(owner, name, method)
+
+
+def watch_runner() -> None:
+    """Learn from now on which runner builds metadata, and for which batch; once a process."""
+    if _FIRST in sys.modules:
+        runner = sys.modules[_FIRST].GPUModelRunner
+        _wrap(runner, "_build_attention_metadata", _first_builds)
+        _wrap(runner, "_update_states", _first_updates)
+    if _SECOND in sys.modules:
+        runner = sys.modules[_SECOND].GPUModelRunner
+        _wrap(runner, "prepare_attn", _second_builds)
+        _wrap(runner, "prepare_dummy_attn", _second_pretends)
+
+
+def _first_builds(runner: Any, *_: Any, **__: Any) -> None:
+    _current[:] = [(runner, runner.input_batch)]
+
+
+def _first_updates(_: Any, scheduled: Any, *__: Any, **___: Any) -> None:
+    _preempted.update(getattr(scheduled, "preempted_req_ids", None) or ())
+
+
+def _second_builds(runner: Any, batch: Any, *_: Any, **__: Any) -> None:
+    _current[:] = [(runner, batch)]
+
+
+def _second_pretends(*_: Any, **__: Any) -> None:
+    _current.clear()
 
 
 def watch_layers(attention: Any) -> None:
@@ -49,16 +78,48 @@ def watch_layers(attention: Any) -> None:
     Args:
         attention: vLLM's attention layer class.
     """
+
+    def ask(layer: Any, *_: Any, **__: Any) -> None:
+        _asked[:] = [layer.layer_name]
+
+    _wrap(attention, "get_kv_cache_spec", ask)
+
+
+def give_specs(attention: Any, give: Callable[[Any, Any, Any], Any]) -> None:
+    """Let ``give(layer, config, spec)`` have the last word on each layer's cache spec; once a process.
+
+    Args:
+        attention: vLLM's attention layer class.
+        give: what it gives.
+    """
     stock = attention.get_kv_cache_spec
     if getattr(stock, "kvthrift", False):
         return
 
-    def ask(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _asked[:] = [self.layer_name]
-        return stock(self, *args, **kwargs)
+    def ask(self: Any, config: Any) -> Any:
+        return give(self, config, stock(self, config))
 
     ask.kvthrift = True  # type: ignore[attr-defined]
     attention.get_kv_cache_spec = ask
+
+
+def watch_groups(module: Any, check: Callable[[Any, Any], None]) -> None:
+    """Let ``check(config, specs)`` see all layers' cache specs before vLLM groups them; once a process.
+
+    Args:
+        module: vLLM's, that groups them.
+        check: raises if they are not as they should be.
+    """
+    stock = module.get_kv_cache_groups
+    if getattr(stock, "kvthrift", False):
+        return
+
+    def group(config: Any, specs: Any) -> Any:
+        check(config, specs)
+        return stock(config, specs)
+
+    group.kvthrift = True  # type: ignore[attr-defined]
+    module.get_kv_cache_groups = group
 
 
 def asked_layer() -> int:
@@ -85,14 +146,24 @@ def layer_index(name: str) -> int:
 
 
 def unfinished(ids: Iterable[str]) -> set[str]:
-    """Those of ``ids`` whose requests the worker still knows."""
-    return set() if not _current else {name for name in ids if name in _current[0].requests}
+    """Those of ``ids`` whose requests the worker still knows, and that were not preempted."""
+    if not _current:
+        return set()
+    runner, _ = _current[0]
+    known = runner.requests if hasattr(runner, "requests") else runner.req_states.req_id_to_index
+    return {name for name in ids if name in known and name not in _preempted}
 
 
 def rows() -> Rows | None:
     """The batch that is being built; None outside of one (while vLLM profiles)."""
     if not _current:
         return None
-    batch = _current[0].input_batch
-    count = batch.num_reqs
-    return Rows(tuple(batch.req_ids[:count]), tuple(int(n) for n in batch.num_prompt_tokens[:count]))
+    runner, batch = _current[0]
+    if hasattr(runner, "req_states"):
+        prompts = runner.req_states.prompt_len.np[batch.idx_mapping_np]
+        ids, done = batch.req_ids, batch.num_computed_tokens_np
+    else:
+        some = slice(batch.num_reqs)
+        ids, prompts, done = batch.req_ids[some], batch.num_prompt_tokens[some], batch.num_computed_tokens_cpu[some]
+    _preempted.difference_update(ids)
+    return Rows(tuple(ids), tuple(prompts.tolist()), tuple(done.tolist()))

@@ -133,6 +133,7 @@ def refuse(recipe: Recipe, *, chunks: bool = False) -> None:
         "leaves prompts whole (prompt=false), which chunks would not": not trigger.prompt and chunks,
         "keeps the same tokens in all heads (unit), which holds for one compression only": recipe.unit.shared
         and (chunks or trigger.every is not None),
+        "shares room over the heads of all layers, which each give back as many blocks": recipe.heads.modelwide,
         "leaves layers whole (skip=)": bool(recipe.skip),
         "lets layers share a choice (reuse=)": recipe.reuse > 1,
         "re-rotates keys": recipe.rerotate,

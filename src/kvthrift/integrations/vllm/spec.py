@@ -14,9 +14,11 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
+from kvthrift.errors import UnsupportedModelError
 from kvthrift.integrations.vllm.layers import MOST
 from kvthrift.integrations.vllm.plan import Policy, plan, untouched
 from kvthrift.integrations.vllm.settings import Settings
+from kvthrift.integrations.vllm.worker import settings_of
 
 _managers: WeakSet[CompressedManager] = WeakSet()  # of this process, for checks
 
@@ -128,6 +130,20 @@ def _kind(number: int) -> type[CompressedSpec]:
 
 
 KINDS = tuple(_kind(number) for number in range(MOST))
+
+
+def check_compressed(config: Any, specs: dict[str, Any]) -> None:
+    """Refuse an engine that was asked to compress and has no layer that is, so that nothing runs uncompressed unsaid.
+
+    Raises:
+        UnsupportedModelError: its attention backend is another, or its layers are of other kinds.
+    """
+    if settings_of(config) is not None and not any(isinstance(spec, CompressedSpec) for spec in specs.values()):
+        raise UnsupportedModelError(
+            "none of this engine's layers is compressed by kvthrift: they have no full attention, or another attention "
+            "backend than FLASH_ATTN and TRITON_ATTN. Start with --attention-backend FLASH_ATTN, or leave kvthrift out "
+            "of --additional-config."
+        )
 
 
 def compressed(spec: Any, settings: Settings, layer: Callable[[], int]) -> Any:

@@ -15,6 +15,7 @@ from kvthrift.integrations.vllm.plan import Plan, Policy, plan, untouched
 from kvthrift.integrations.vllm.runner import Rows
 from kvthrift.integrations.vllm.settings import KEY, Settings, read_settings
 
+CACHE_TYPES = ("auto", "bfloat16", "float16", "float32")
 _known: list[tuple[Any, Settings | None]] = []  # the newest config, and what it asks for
 
 
@@ -77,6 +78,7 @@ def _read(config: Any) -> Settings | None:
         step_tokens=config.scheduler_config.max_num_batched_tokens,
     )
     if found is not None:
+        refuse_together(found, config)
         _check_calibration(found, config_fingerprint(model.hf_config))
     return found
 
@@ -101,22 +103,63 @@ def _refuse(config: Any) -> None:
     Raises:
         UnsupportedModelError: with the names of what is on.
     """
-    parallel = config.parallel_config
+    parallel, cpu = config.parallel_config, config.device_config.device_type == "cpu"
     reasons = {
         "a KV connector (offload or disaggregation)": config.kv_transfer_config is not None,
         "speculative decoding": config.speculative_config is not None,
-        "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
-        "tensor parallelism": parallel.tensor_parallel_size > 1,
+        "context parallelism": max(
+            getattr(parallel, f"{part}_context_parallel_size", 1) for part in ("decode", "prefill")
+        )
+        > 1,
+        "tensor parallelism on a CPU": cpu and parallel.tensor_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "asynchronous scheduling": bool(config.scheduler_config.async_scheduling),
-        f"the KV cache dtype {config.cache_config.cache_dtype}": config.cache_config.cache_dtype
-        not in ("auto", "bfloat16", "float16", "float32"),
+        "two batches at a time (DBO)": bool(getattr(parallel, "use_ubatching", False)),
+        "asynchronous scheduling on a CPU": cpu and bool(config.scheduler_config.async_scheduling),
+        "bidirectional prefixes": bool(getattr(config.model_config, "is_mm_prefix_lm", False)),
+        f"the KV cache dtype {config.cache_config.cache_dtype}": config.cache_config.cache_dtype not in CACHE_TYPES,
     }
     found = [reason for reason, true in reasons.items() if true]
     if found:
         raise UnsupportedModelError(
             f"kvthrift does not compress inside vLLM together with {' and '.join(found)}. Turn that off, or leave "
             "kvthrift out of --additional-config."
+        )
+
+
+def refuse_together(settings: Settings, config: Any) -> None:
+    """Refuse what depends on both: where steps are scheduled ahead, room for a chunk is not free when it is counted on.
+
+    Raises:
+        UnsupportedModelError: prompts are compressed while they are read, and steps are scheduled asynchronously.
+    """
+    if settings.policy.chunk is not None and config.scheduler_config.async_scheduling:
+        raise UnsupportedModelError(
+            "kvthrift does not compress prompts while they are read (chunks) together with asynchronous scheduling. "
+            "Start with --no-async-scheduling, or without chunks."
+        )
+
+
+def refuse_attention(impl: Any) -> None:
+    """Refuse a layer whose attention is not plain: neither scores nor the kernel's unequal heads know of that.
+
+    Args:
+        impl: vLLM's implementation of the layer.
+
+    Raises:
+        UnsupportedModelError: with what it has.
+    """
+    has = {
+        "a logit soft-cap": impl.logits_soft_cap,
+        "ALiBi": impl.alibi_slopes,
+        "learned sinks": impl.sinks,
+        "another layer's cache": impl.kv_sharing_target_layer_name,
+        "attention to both sides or to an encoder": impl.attn_type != "decoder",
+        f"a cache in {impl.kv_cache_dtype}": impl.kv_cache_dtype not in CACHE_TYPES,
+    }
+    found = [name for name, value in has.items() if value is not None and (isinstance(value, Tensor) or value)]
+    if found:
+        raise UnsupportedModelError(
+            f"this model's attention has {' and '.join(found)}, which kvthrift does not compress inside vLLM."
         )
 
 
@@ -150,14 +193,19 @@ def read_rows(
     return tuple(rows), torch.tensor([row.before.dropped for row in rows], dtype=torch.int32)
 
 
-def shifted(table: Tensor, lengths: Tensor, dropped: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Block table ``[rows, width]`` and lengths ``[rows]`` as a kernel sees them: without the dropped blocks."""
+def shifted(
+    table: Tensor, lengths: Tensor, dropped: Tensor, block: int, columns: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Block table ``[rows, columns]`` and lengths ``[rows]`` as a kernel sees them: without the dropped blocks."""
     width = table.shape[1]
-    columns = (torch.arange(width)[None, :] + dropped[:, None].long()).clamp_(max=width - 1)
-    return table.gather(1, columns), lengths - dropped * block
+    column = torch.arange(width if columns is None else columns, device=table.device)
+    taken = (column[None, :] + dropped[:, None].long()).clamp_(max=width - 1)
+    return table.gather(1, taken), lengths - dropped * block
 
 
-def check_blocks(step: Step, policy: Policy, block: int, freed: Callable[[str], int | None]) -> None:
+def check_blocks(
+    step: Step, policy: Policy, block: int, freed: Callable[[str], int | None], *, late: bool = False
+) -> None:
     """State what must hold before a step, on the worker's side and between both.
 
     Args:
@@ -165,6 +213,7 @@ def check_blocks(step: Step, policy: Policy, block: int, freed: Callable[[str], 
         policy: of the layers that are asked about.
         block: tokens a block.
         freed: leading blocks that the scheduler has taken back of a request; None where it cannot be asked.
+        late: whether it may not have taken all of them back yet, because it schedules ahead.
 
     Raises:
         CacheStateError: the two do not agree, or two requests hold a block that one of them may write to.
@@ -173,7 +222,7 @@ def check_blocks(step: Step, policy: Policy, block: int, freed: Callable[[str], 
     written: set[int] = set()
     for row, line in zip(step.rows, step.table.tolist(), strict=False):
         taken = freed(row.request)
-        if taken is not None and taken != row.before.dropped:
+        if taken is not None and taken != row.before.dropped and not (late and taken < row.before.dropped):
             raise CacheStateError(
                 f"request {row.request} has given {row.before.dropped} blocks back by the worker's count after "
                 f"{row.done} tokens, and {taken} by the scheduler's."

@@ -1,0 +1,173 @@
+"""A stock engine on a GPU with the plugin: the same as on a CPU, with CUDA graphs, both runners and both kernels.
+
+Needs vLLM 0.26 and a GPU of compute capability 9.0; engines share it, so that tests may run side by side.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from tests.vllm.running import engine, start
+from tests.vllm.twin import log_probabilities
+
+from kvthrift.integrations.transformers.embedded import embedded_path
+from kvthrift.integrations.vllm.contract import PRIVATE_GPU, check_served
+from kvthrift.integrations.vllm.plan import Policy, plan
+
+BLOCK = 32
+COMPRESSED = {"snapkv": {"method": "snapkv", "budget": 256}, "adakv": {"method": "adakv", "budget": 256}}
+FIRST = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+FORMS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "graphs": {"graphs": "full"},
+    "compiled": {"graphs": "both"},
+    "triton": {"graphs": "full", "attention": "TRITON_ATTN"},
+    "first runner": {"graphs": "full", "env": FIRST},
+}
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+
+def test_every_private_name_is_there() -> None:
+    assert check_served() == "cuda"
+    for path, parameters in PRIVATE_GPU.items():
+        module, _, name = path.partition(":")
+        found: Any = import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        names = set(signature(found).parameters)
+        varied = any(p.kind is Parameter.VAR_KEYWORD for p in signature(found).parameters.values())
+        if not path.endswith(":RequestState"):  # its attributes are made by its constructor
+            assert varied or set(parameters) <= names, path
+
+
+def test_without_being_asked_it_is_vllm_as_it_was() -> None:
+    (found,) = engine(requests=3, graphs="full")
+    assert all(found["right"])
+    assert max(step["used"] for step in found["steps"]) == sum(-(-(n + 10) // BLOCK) for n in found["prompt"])
+    assert found["left"] == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", COMPRESSED)
+def test_exactly_the_planned_blocks_come_back(method: str, form: str) -> None:
+    (found,) = engine(requests=8, kvthrift={**COMPRESSED[method], "check": True}, **FORMS[form])
+    whole = [-(-(n + 10) // BLOCK) for n in found["prompt"]]
+    dropped = [plan(n, n, BLOCK, Policy(entries=256)).dropped for n in found["prompt"]]
+    together = [step for step in found["steps"] if step["decoding"] == 8]
+    assert together
+    assert {step["used"] for step in together} <= {sum(whole) - sum(dropped) - extra for extra in range(9)}
+    assert found["right"] == [True] * 8
+    assert found["left"] == 0
+
+
+@pytest.mark.parametrize("method", COMPRESSED)
+def test_where_steps_are_scheduled_ahead(method: str) -> None:
+    asked = {**COMPRESSED[method], "check": True}
+    rounds = [{"requests": 8}, {"requests": 8}]
+    first, second = engine(rounds=rounds, prefix=True, graphs="full", kvthrift=asked, **{"async": True})
+    assert first["right"] == second["right"] == [True] * 8
+    assert min(second["cached"]) > 0
+    assert first["left"] == second["left"] == 0
+
+
+OFTEN = {"budget": 128, "every": 16, "check": True}
+ASKED: dict[str, dict[str, Any]] = {
+    "snapkv": {"method": "snapkv", "budget": 128, "check": True},
+    "adakv": {"method": "adakv", "budget": 128, "check": True},
+    "snapkv often": {"method": "snapkv", **OFTEN},
+    "adakv often": {"method": "adakv", "chunks": True, **OFTEN},
+    "pyramidkv": {"method": "pyramidkv", "groups": 3, **OFTEN},
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_each_token_sees_what_its_heads_kept(name: str, tmp_path: Path) -> None:
+    """In float32 (products in TF32) and teacher-forced: log p is that of a model that sees what was kept."""
+    record = str(tmp_path / "record.pt")
+    asked = {"requests": 2, "fill": 16, "tokens": 40, "dtype": "float32", "attention": "TRITON_ATTN", "graphs": "full"}
+    (found,) = engine(**asked, batched=446, record=record, kvthrift=ASKED[name])
+    records: dict[str, Any] = torch.load(record)
+    for index in range(2):
+        mine = next(layers for request, layers in records.items() if request.startswith(f"0-{index}"))
+        assert len(mine) == 30
+        kept, everything = (_off(found, index, seen) for seen in (mine, {}))
+        print(f"{name}: mean |d log p| {kept:.2g} seeing what was kept, {everything:.2g} seeing everything")
+        assert kept < 5e-3
+        assert kept < everything / 3  # or the comparison would say nothing
+
+
+def _off(found: dict[str, Any], index: int, record: dict[int, Any]) -> float:
+    """Mean difference of log p."""
+    want = log_probabilities(found["ids"][index], found["tokens"][index], record)
+    return sum(abs(a - b) for a, b in zip(want, found["logprobs"][index], strict=True)) / len(want)
+
+
+def test_preempted_requests_are_read_anew() -> None:
+    asked = {**COMPRESSED["adakv"], "check": True}
+    (found,) = engine(requests=4, tokens=500, blocks=72, graphs="full", kvthrift=asked)
+    assert found["preempted"] >= 1
+    assert found["left"] == 0
+
+
+def _random(folder: Path) -> str:
+    """A Llama with eight KV heads and nobody's weights."""
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    config = AutoConfig.from_pretrained(str(embedded_path()))
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 3,
+        "hidden_size": 512,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    }
+    sizes |= {"head_dim": 64, "intermediate_size": 1024, "tie_word_embeddings": False, "initializer_range": 0.08}
+    for name, size in sizes.items():
+        setattr(config, name, size)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:3]
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(embedded_path())).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_keep_and_say_what_one_does(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {
+        "requests": 4,
+        "tokens": 20,
+        "dtype": "float32",
+        "attention": "TRITON_ATTN",
+        "graphs": "full",
+    }
+    asked["env"] = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    model = _random(tmp_path / "model")
+    one, two = (engine(**asked, model=model, tp=n, kvthrift={"method": "snapkv", "budget": 256})[0] for n in (1, 2))
+    assert len({token for answer in one["tokens"] for token in answer}) > 20  # or agreeing would say nothing
+    assert one["tokens"] == two["tokens"]
+    torch.testing.assert_close(torch.tensor(one["logprobs"]), torch.tensor(two["logprobs"]), atol=0.05, rtol=0)
+    assert one["steps"] == two["steps"]
+    assert one["left"] == two["left"] == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"kvthrift": {"method": "h2o", "budget": 64}}, "column sums"),
+        ({"kvthrift": {"method": "snapkv", "budget": 64, "chunks": True}, "async": True}, "no-async-scheduling"),
+        ({"kvthrift": {"method": "snapkv", "budget": 64}, "attention": "FLEX_ATTENTION"}, "FLASH_ATTN"),
+    ],
+)
+def test_what_cannot_be_honoured_stops_the_start(wrong: dict[str, Any], word: str) -> None:
+    done = start(requests=1, **wrong)
+    assert done.returncode != 0
+    assert word in done.stderr
