@@ -24,7 +24,7 @@ def evolkv(
     whatever budget is asked for, with the same total.
 
     Args:
-        table: "smollm2-niah", shipped for the embedded model and found on needles in half its layers, or a recipe file
+        table: "smollm2-niah", shipped for the embedded model and found on needles, or a recipe file
             from 'kvthrift tune'.
         window: newest queries that are asked, and entries that stay.
         pool: how neighbours share a score.
