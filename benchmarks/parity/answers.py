@@ -23,6 +23,7 @@ from zlib import crc32
 
 SNAP = ("SnapKVPress", {})
 EXPECTED = ("ExpectedAttentionPress", {})
+COMPACTOR = ("CompactorPress", {})
 PLAIN = ("ExpectedAttentionPress", {"use_vnorm": False})  # as CriticalKV asks for
 PRESSES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("", {}),
@@ -44,11 +45,31 @@ PRESSES: dict[str, tuple[str, dict[str, Any]]] = {
     "criticaladakv_expected": ("CriticalAdaKVPress", {"press": PLAIN}),
     "observed_attention": ("ObservedAttentionPress", {}),
     "leverage": ("LeverageScorePress", {}),
-    "compactor": ("CompactorPress", {}),
+    "compactor": COMPACTOR,
+    "adakv_compactor": ("AdaKVPress", {"press": COMPACTOR}),
+    "chunkkv_compactor": ("ChunkKVPress", {"press": COMPACTOR}),
+    "chunkkv_leverage": ("ChunkKVPress", {"press": ("LeverageScorePress", {})}),
+    "chunkkv_tova": ("ChunkKVPress", {"press": ("TOVAPress", {})}),
+    "chunkkv_capkv": ("ChunkKVPress", {"press": ("CapPress", {})}),
+    "block_compactor": ("BlockPress", {"press": COMPACTOR}),
+    "chunk_compactor": ("ChunkPress", {"press": COMPACTOR}),
+    "merging_compactor": ("MergingPress", {"press": COMPACTOR}),
     "cur": ("CURPress", {}),
+    "capkv": ("CapPress", {}),
+    "adakv_capkv": ("AdaKVPress", {"press": ("CapPress", {})}),
+    "non_causal": ("NonCausalAttnPress", {}),
+    "entropy_gated": ("EntropyGatedChunkKVPress", {"press": SNAP}),
+    "entropy_gated_compactor": ("EntropyGatedChunkKVPress", {"press": COMPACTOR}),
+    "merging": ("MergingPress", {"press": SNAP}),
+    "chunk": ("ChunkPress", {"press": SNAP}),
+    "block_keydiff": ("BlockPress", {"press": ("KeyDiffPress", {})}),
+    "rerotation": ("KeyRerotationPress", {"press": SNAP}),
+    "simlayerkv": ("SimLayerKVPress", {"lazy_threshold": 0.1, "n_recent": 128}),
     "kvzip": ("KVzipPress", {}),
     "kvcompose": ("KVComposePress", {}),
+    "kvgrad": ("KVgradPress", {}),
 }
+SET_BY_HAND = ("SimLayerKVPress",)  # no share to set: options that keep about a tenth of 4K
 EAGER = ("observed_attention", "kvcompose")  # these read attention weights
 
 
@@ -57,9 +78,10 @@ def build(spec: tuple[str, dict[str, Any]], ratio: float) -> Any:
     import kvpress
 
     name, options = spec
+    share = {"compression_ratio": ratio}
     inner = {key: build(value, ratio) for key, value in options.items() if isinstance(value, tuple)}
     plain = {key: value for key, value in options.items() if key not in inner}
-    return getattr(kvpress, name)(**inner, **plain, **({} if inner else {"compression_ratio": ratio}))
+    return getattr(kvpress, name)(**inner, **plain, **({} if inner or name in SET_BY_HAND else share))
 
 
 def answer(model: Any, line: dict[str, Any], name: str, ratio: float) -> dict[str, Any]:
