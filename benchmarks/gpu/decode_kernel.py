@@ -80,15 +80,15 @@ def copy_bandwidth(repeats: int) -> float:
     return 2 * source.numel() * 2 / median(times)
 
 
-def layer_of(lengths: Tensor) -> tuple[Tensor, Paged]:
+def layer_of(lengths: Tensor, page: int = PAGE) -> tuple[Tensor, Paged]:
     """Random queries ``[B, HG, 1, D]`` and scattered pages for ``lengths [B, H]``."""
-    rows, width = lengths.numel(), int(-(-lengths.max() // PAGE))
-    counts = -(-lengths.reshape(-1) // PAGE)
+    rows, width = lengths.numel(), int(-(-lengths.max() // page))
+    counts = -(-lengths.reshape(-1) // page)
     total = int(counts.sum())
     table = torch.zeros(rows, width, dtype=torch.int32)
     table[torch.arange(width) < counts[:, None]] = torch.randperm(total).int()
-    pages = [torch.empty(total, PAGE, DIM, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2)]
-    positions = torch.zeros(total, PAGE, dtype=torch.int32, device="cuda")
+    pages = [torch.empty(total, page, DIM, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2)]
+    positions = torch.zeros(total, page, dtype=torch.int32, device="cuda")
     queries = torch.randn(len(lengths), HEADS * GROUP, 1, DIM, device="cuda").bfloat16()
     return queries, Paged(*pages, positions, table.cuda(), lengths.reshape(-1).int().cuda())
 
@@ -99,29 +99,29 @@ def check(q: Tensor, paged: Paged, out: Tensor) -> None:
     folded, found = q.reshape(rows, GROUP, DIM).double(), out.reshape(rows, GROUP, DIM).double()
     for row in range(0, rows, max(1, rows // 4)):
         length = int(paged.lengths[row])
-        index = paged.table[row, : -(-length // PAGE)].long()
+        index = paged.table[row, : -(-length // paged.page)].long()
         k, v = (t[index].reshape(-1, DIM)[:length].double() for t in (paged.keys, paged.values))
         wanted = (folded[row] @ k.T * SCALE).softmax(-1) @ v
         torch.testing.assert_close(found[row], wanted, atol=4e-3, rtol=2e-2)
 
 
-def coded_layer_of(form: Format, lengths: Tensor) -> tuple[Tensor, Paged]:
+def coded_layer_of(form: Format, lengths: Tensor, page: int = PAGE) -> tuple[Tensor, Paged]:
     """As :func:`layer_of`, with pages in few bits, and each row's last page as it is."""
-    queries, dense = layer_of(lengths)
+    queries, dense = layer_of(lengths, page)
     total = len(dense.keys)
     keys, values = (
-        torch.empty(total, rows, DIM * PAGE // form.together // rows, dtype=torch.uint8, device="cuda")
-        for rows in (PAGE, DIM // form.together)
+        torch.empty(total, rows, DIM * page // form.together // rows, dtype=torch.uint8, device="cuda")
+        for rows in (page, DIM // form.together)
     )
     marks = {
         f"{name}_{mark}": torch.empty(total, *sizes, dtype=torch.float16, device="cuda")
         for mark in ("scale", "middle")[: form.marks]
-        for name, sizes in (("key", (DIM,)), ("value", (1, PAGE)))
+        for name, sizes in (("key", (DIM,)), ("value", (1, page)))
     }
     coded, index = Coded(form, keys, values, **marks), torch.arange(total, device="cuda")
     assert write_keys(coded, index, dense.keys)
     assert write_values(coded, index, dense.values)
-    tails = [torch.randn(lengths.numel(), PAGE, DIM, device="cuda").bfloat16() for _ in range(2)]
+    tails = [torch.randn(lengths.numel(), page, DIM, device="cuda").bfloat16() for _ in range(2)]
     return queries, Paged(*tails, dense.positions, dense.table, dense.lengths, coded=coded)
 
 
@@ -132,7 +132,7 @@ def check_coded(q: Tensor, paged: Paged, out: Tensor) -> None:
     folded, found = q.reshape(rows, GROUP, DIM).double(), out.reshape(rows, GROUP, DIM).double()
     for row in range(0, rows, max(1, rows // 4)):
         length = int(paged.lengths[row])
-        index = paged.table[row, : -(-length // PAGE)].long()
+        index = paged.table[row, : -(-length // paged.page)].long()
         k, v = read_keys(coded, index, torch.float32).double(), read_values(coded, index, torch.float32).double()
         k[-1], v[-1] = paged.keys[row].double(), paged.values[row].double()
         k, v = k.reshape(-1, DIM)[:length], v.reshape(-1, DIM)[:length]
@@ -143,14 +143,14 @@ def check_coded(q: Tensor, paged: Paged, out: Tensor) -> None:
 
 
 def coded_us(
-    form: Format, lengths: Tensor, repeats: int, settings: list[Setting]
+    form: Format, lengths: Tensor, repeats: int, settings: list[Setting], page: int = PAGE
 ) -> tuple[float, dict[Setting, float]]:
     """Bytes that a layer reads, and microseconds of each setting."""
-    rows, pages = lengths.numel(), int((-(-lengths // PAGE)).sum())
-    size = (pages - rows) * form.page_bytes(DIM, DIM, PAGE) + int(
-        (lengths - (lengths - 1) // PAGE * PAGE).sum()
+    rows, pages = lengths.numel(), int((-(-lengths // page)).sum())
+    size = (pages - rows) * form.page_bytes(DIM, DIM, page) + int(
+        (lengths - (lengths - 1) // page * page).sum()
     ) * DIM * 4
-    made = [coded_layer_of(form, lengths) for _ in range(max(2, min(96, -(-SPACE // size))))]
+    made = [coded_layer_of(form, lengths, page) for _ in range(max(2, min(96, -(-SPACE // size))))]
     even, found = bool((lengths == lengths[0, 0]).all()), {}
     for programs, warps, stages in settings:
         plan = plan_read(rows, pages, GROUP, DIM, torch.device("cuda"), even=even, programs=programs)
@@ -197,24 +197,24 @@ def dense(backend: SDPBackend, batch: int, length: int, repeats: int) -> float:
         return per_call(lambda i: F.scaled_dot_product_attention(*made[i], enable_gqa=True), layers, repeats)
 
 
-def formats_table(names: str, shapes: str, repeats: int, sweep: bool, peak: float) -> list[str]:
+def formats_table(names: str, shapes: str, pages: str, repeats: int, sweep: bool, peak: float) -> list[str]:
     """Pages in few bits beside bf16 at the same entries."""
-    lines = ["| entries a head | format | MB | us | of copy | bf16 us | times | at most | ragged 20:1 us |",
-             "|---|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    lines = ["| entries a head | format | page | MB | us | of copy | bf16 us | times | at most | ragged 20:1 us |",
+             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     settings = [(0, 0, 0), *(product((0, 528, 1056, 2112), (1, 2, 4), (3, 5, 7)) if sweep else ())]
     for shape in filter(None, shapes.split(",")):
         batch, length = SHAPES[shape]
         lengths = torch.full((batch, HEADS), length)
         plain = ours(lengths, repeats, [(0, 0, 0)])[0, 0, 0]
-        for name in filter(None, names.split(",")):
+        for name, page in product(filter(None, names.split(",")), map(int, pages.split(","))):
             kind = parts()["codec"][name]
             assert issubclass(kind, Codec)
-            size, found = coded_us(kind.format, lengths, repeats, settings)
-            ragged = coded_us(kind.format, skewed(batch, length, 20), repeats, settings[:1])[1]
+            size, found = coded_us(kind.format, lengths, repeats, settings, page)
+            ragged = coded_us(kind.format, skewed(batch, length, 20), repeats, settings[:1], page)[1]
             torch.cuda.empty_cache()
             here = found[settings[0]]
             lines.append(
-                f"| {shape} | {name} | {size / 1e6:.0f} | {here:.1f} | {size / (here * 1e-6) / peak:.0%} | "
+                f"| {shape} | {name} | {page} | {size / 1e6:.0f} | {here:.1f} | {size / (here * 1e-6) / peak:.0%} | "
                 f"{plain:.1f} | {plain / here:.2f} | {batch * HEADS * length * DIM * 4 / size:.2f} | "
                 f"{ragged[settings[0]]:.1f} |"
             )
@@ -255,6 +255,7 @@ def main(
     shapes: Annotated[str, typer.Option(help="rows of bf16")] = ",".join(list(SHAPES)[:-1]),
     formats: Annotated[str, typer.Option(help="rows of pages in few bits")] = "int8,int4,int2,fp8",
     formats_at: Annotated[str, typer.Option(help="their shapes")] = "8 x 32K,32 x 8K",
+    pages: Annotated[str, typer.Option(help="entries of their pages")] = f"{PAGE},{2 * PAGE}",
     small: Annotated[bool, typer.Option(help="sweep settings for one sequence, and print the best")] = False,
     out: Annotated[Path | None, typer.Option(help="append the Markdown here")] = None,
 ) -> None:
@@ -286,7 +287,7 @@ def main(
             show("even", even)
             show("ragged", ragged)
     if formats:
-        lines += ["", *formats_table(formats, formats_at, repeats, sweep, peak)]
+        lines += ["", *formats_table(formats, formats_at, pages, repeats, sweep, peak)]
     if small:
         small_sweep(repeats)
     text = "\n".join(lines)

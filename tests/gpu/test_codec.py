@@ -44,6 +44,20 @@ def test_reading_is_what_the_naive_twin_reads(
     torch.testing.assert_close(found.lse, wanted.lse, atol=2e-2, rtol=1e-3)
 
 
+@pytest.mark.parametrize("group", [16, 32, 64])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_many_queries_read_what_few_do(name: str, dtype: torch.dtype, dim: int, group: int) -> None:
+    """Those of four warps were wrong, or out of bounds."""
+    paged, _ = coded_pages(FORMS[name], LENGTHS[0], dim=dim, value_dim=dim, page=64, dtype=dtype)
+    q = torch.randn(2, 4 * group, 1, dim, device="cuda").to(dtype)
+    found = paged_attend(q, paged, scale=dim**-0.5)
+    wanted = naive.paged_attend(q.float(), sound(paged), scale=dim**-0.5)
+    assert float((found.out - wanted.out).norm() / wanted.out.norm()) < (1e-2 if dtype == torch.bfloat16 else 5e-3)
+    torch.testing.assert_close(found.lse, wanted.lse, atol=2e-2, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 64), (128, 128), (96, 144), (256, 256)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", sorted(FORMS))

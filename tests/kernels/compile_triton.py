@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -66,6 +67,7 @@ def compile_coded(bits: int, floating: bool, dtype: str, dim: int, bias: bool) -
     types |= {"scale": "fp32", "width": "i32", "rows": "i32"}
     sizes = {"ROWS": 64, "D": dim, "DP": max(16, deep), "DV": dim, "DVP": max(16, wide), "GROUPS": many}
     rest = {"PARTS": 8, "PAGE": 64, "BITS": bits, "FLOATING": floating, "PACKED": True, "EVEN": not bias,
+            "HALF": tl.float16,
             "HAS_BIAS": bias, "PRECISION": "tf32", "STAGES": 5}  # fmt: skip
     for queries in (4, 32) if bits == 4 and not bias else (4,):
         asked = {"QUERIES": queries, "HERE": queries, "M": max(8, queries), "QP": queries, **sight(bias, 2)}

@@ -347,3 +347,10 @@ def test_dispatch_says_why_the_fast_kernels_do_not_fit() -> None:
         assert unfit(cuda, torch.bfloat16, 64, 64, 64, FORMS["int2"]) is None
         assert "float32" in str(unfit(cuda, torch.float32, 64, 64, 64, FORMS["int4"]))
         assert "129" in str(unfit(cuda, torch.bfloat16, 256, 129, 64, FORMS["int8"]))
+
+
+def test_no_program_has_four_warps() -> None:
+    """Their products were wrong where an operand is made in registers; :func:`_warps` says which."""
+    from kvthrift.kernels.triton.read_coded import _warps
+
+    assert {_warps(queries, dim) for queries in (1, 8, 16, 32, 64) for dim in (16, 64, 128, 256)} == {1, 2}

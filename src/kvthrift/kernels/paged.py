@@ -154,8 +154,6 @@ def _unfit_coded(form: Format, dtype: torch.dtype, value_dim: int, capability: t
         return f"{form.name} is read in half precision, and the model computes in float32"
     if groups(value_dim) > 2:
         return f"values of {value_dim} channels have {groups(value_dim)} scales a token"
-    if groups(value_dim) > 1 and dtype == torch.float16:  # many queries in int4 read out of bounds on an H200
-        return f"values of {value_dim} channels have several scales a token, which are read in bfloat16 only"
     return None
 
 

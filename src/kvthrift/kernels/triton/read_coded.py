@@ -18,13 +18,28 @@ from torch import Tensor
 
 from kvthrift.kernels.codes import groups
 from kvthrift.kernels.triton.parts import LN2, join, of_row
-from kvthrift.kernels.triton.planes import gather, leave, product, query, softmax, tail_keys, tail_values, weigh, within
+from kvthrift.kernels.triton.planes import (
+    ROOM,
+    gather,
+    largest,
+    leave,
+    power_above,
+    product,
+    query,
+    settled,
+    softmax,
+    tail_keys,
+    tail_values,
+    weigh,
+    within,
+)  # fmt: skip
 from kvthrift.kernels.triton.sight import LOG2E, behind, blocks, capped, ends_of, features, oldest
+from kvthrift.kernels.triton.unpack import rise, step
 
 if TYPE_CHECKING:
     from kvthrift.kernels.paged import Paged, ReadPlan
 
-_MOST = 64 * 128  # numbers of an output that one program holds, at most
+_MOST = 32 * 128  # numbers of an output that one program holds, at most
 _MANY = 64  # queries of one program, at most
 _JOINED = 8192  # numbers of several parts that are joined at once
 _LOG2E = tl.constexpr(LOG2E)
@@ -37,8 +52,8 @@ def _read(
     query_position_ptr, scale, width, rows, window, cap,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, HERE: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, QP: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr,
-    BITS: tl.constexpr, FLOATING: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
-    GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BITS: tl.constexpr, FLOATING: tl.constexpr, PACKED: tl.constexpr, HALF: tl.constexpr,
+    EVEN: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr, STEPS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -79,16 +94,28 @@ def _read(
                 seen = ends_of(length, m, STEPS)
             if WINDOWED:
                 gone = oldest(query_position_ptr, row, m, window, HEADS, STEPS)
-            q0 = query(q_ptr, row, 0, PLANES, QUERIES, HERE, M, D, DP)
+            q0 = query(q_ptr, row, 0, PLANES, QUERIES, HERE, M, D, DP).to(tl.float32)
+            high = largest(q0)
             if PLANES > 1:
-                q1 = query(q_ptr, row, 1, PLANES, QUERIES, HERE, M, D, DP)
+                q1 = query(q_ptr, row, 1, PLANES, QUERIES, HERE, M, D, DP).to(tl.float32)
+                high = tl.maximum(high, largest(q1))
             if PLANES > 2:
-                q2 = query(q_ptr, row, 2, PLANES, QUERIES, HERE, M, D, DP)
-                q3 = query(q_ptr, row, 3, PLANES, QUERIES, HERE, M, D, DP)
+                q2 = query(q_ptr, row, 2, PLANES, QUERIES, HERE, M, D, DP).to(tl.float32)
+                q3 = query(q_ptr, row, 3, PLANES, QUERIES, HERE, M, D, DP).to(tl.float32)
+                high = tl.maximum(high, tl.maximum(largest(q2), largest(q3)))
+            lifted = tl.exp2(power_above(high))  # queries are at most 1, so that float16 has them times any scale
+            back = scale * lifted
+            q0 = (q0 / lifted).to(HALF)
+            if PLANES > 1:
+                q1 = (q1 / (lifted * step(BITS, 1, PACKED))).to(HALF)
+            if PLANES > 2:
+                q2 = (q2 / (lifted * step(BITS, 2, PACKED))).to(HALF)
+                q3 = (q3 / (lifted * step(BITS, 3, PACKED))).to(HALF)
             top = tl.full([M], float("-inf"), tl.float32)
             total = tl.zeros([M], tl.float32)
             offset = tl.zeros([M], tl.float32)  # what every channel of a group gets alike
-            offset1 = offset
+            sums = tl.zeros([16, M], tl.float32)  # of a group's weights with the scales in them
+            offset1, sums1 = offset, sums
             acc0 = tl.zeros([DVP, M], tl.float32)
             acc1, acc2, acc3 = acc0, acc0, acc0
             for index in tl.range(begin, tl.minimum(end, newest), num_stages=STAGES):
@@ -102,28 +129,31 @@ def _read(
                 v_scale = tl.load(v_scale_ptr + page * (GROUPS * PAGE) + n).to(tl.float32)
                 if GROUPS > 1:
                     v_scale1 = tl.load(v_scale_ptr + page * (GROUPS * PAGE) + PAGE + n).to(tl.float32)
-                logits = tl.zeros([PAGE, M], tl.float32)
+                reach = tl.max(v_scale, 0)
+                if GROUPS > 1:
+                    reach = tl.maximum(reach, tl.max(v_scale1, 0))
+                logits, fixed = tl.zeros([PAGE, M], tl.float32), tl.zeros([16, M], tl.float32)
                 logits, fixed = product(
-                    logits, k, q0, k_scale_ptr, k_middle_ptr, page, 0, PLANES, D, DP, BITS, FLOATING, PACKED, PRECISION
+                    logits, fixed, k, q0, k_scale_ptr, k_middle_ptr, page, 0, PLANES, D, DP, BITS, FLOATING, PACKED,
+                    PRECISION,
                 )  # fmt: skip
                 if PLANES > 1:
-                    logits, more = product(
-                        logits, k, q1, k_scale_ptr, k_middle_ptr, page, 1, PLANES, D, DP, BITS, FLOATING, PACKED,
-                        PRECISION,
+                    logits, fixed = product(
+                        logits, fixed, k, q1, k_scale_ptr, k_middle_ptr, page, 1, PLANES, D, DP, BITS, FLOATING,
+                        PACKED, PRECISION,
                     )  # fmt: skip
-                    fixed += more
                 if PLANES > 2:
-                    logits, more = product(
-                        logits, k, q2, k_scale_ptr, k_middle_ptr, page, 2, PLANES, D, DP, BITS, FLOATING, PACKED,
-                        PRECISION,
+                    logits, fixed = product(
+                        logits, fixed, k, q2, k_scale_ptr, k_middle_ptr, page, 2, PLANES, D, DP, BITS, FLOATING,
+                        PACKED, PRECISION,
                     )  # fmt: skip
-                    fixed += more
-                    logits, more = product(
-                        logits, k, q3, k_scale_ptr, k_middle_ptr, page, 3, PLANES, D, DP, BITS, FLOATING, PACKED,
-                        PRECISION,
+                    logits, fixed = product(
+                        logits, fixed, k, q3, k_scale_ptr, k_middle_ptr, page, 3, PLANES, D, DP, BITS, FLOATING,
+                        PACKED, PRECISION,
                     )  # fmt: skip
-                    fixed += more
-                logits = (logits + fixed[None, :]) * scale
+                logits *= back * rise(FLOATING, PACKED)
+                if not FLOATING:
+                    logits += (tl.max(fixed, 0) * back)[None, :]
                 if CAPPED:
                     logits = capped(logits, cap)
                 if HAS_BIAS:
@@ -131,14 +161,16 @@ def _read(
                 if CAUSAL:
                     logits = tl.where((index * PAGE + n)[:, None] < seen[None, :], logits, float("-inf"))
                 if WINDOWED:
-                    logits = within(logits, position_ptr, page, gone, PAGE)
-                weights, shrink, top, total = softmax(logits, top, total)
+                    logits = within(logits, position_ptr, page, gone, n, PAGE)
+                weights, shrink, top, total = softmax(logits, top, total, power_above(reach))
                 middle_at = v_middle_ptr + page * (GROUPS * PAGE) + n
-                scaled, offset = weigh(weights, shrink, offset, v_scale, middle_at, BITS, FLOATING, PACKED, q0.dtype)
+                scaled, offset, sums = weigh(
+                    weights, shrink, offset, sums, v_scale, middle_at, FLOATING, HALF, PRECISION
+                )  # fmt: skip
                 scaled1 = scaled
                 if GROUPS > 1:
-                    scaled1, offset1 = weigh(
-                        weights, shrink, offset1, v_scale1, middle_at + PAGE, BITS, FLOATING, PACKED, q0.dtype
+                    scaled1, offset1, sums1 = weigh(
+                        weights, shrink, offset1, sums1, v_scale1, middle_at + PAGE, FLOATING, HALF, PRECISION
                     )  # fmt: skip
                 acc0 = gather(acc0, v, scaled, shrink, 0, BITS, FLOATING, PACKED, PRECISION)
                 if RUNS > PLANES:
@@ -150,16 +182,23 @@ def _read(
                 if PLANES > 2:
                     acc2 = gather(acc2, v, scaled1, shrink, 2, BITS, FLOATING, PACKED, PRECISION)
                     acc3 = gather(acc3, v, scaled1, shrink, 3, BITS, FLOATING, PACKED, PRECISION)
+            if GROUPS == 1:
+                offset1, sums1 = offset, sums
+            acc0 = settled(acc0, offset, sums, 0, BITS, FLOATING, PACKED)
+            if RUNS > PLANES:
+                acc1 = settled(acc1, offset1, sums1, 0, BITS, FLOATING, PACKED)
+            if PLANES == 2:
+                acc1 = settled(acc1, offset1, sums1, 1, BITS, FLOATING, PACKED)
+            if PLANES > 2:
+                acc1 = settled(acc1, offset, sums, 1, BITS, FLOATING, PACKED)
+                acc2 = settled(acc2, offset1, sums1, 2, BITS, FLOATING, PACKED)
+                acc3 = settled(acc3, offset1, sums1, 3, BITS, FLOATING, PACKED)
             if (end > newest) & (length > 0):
-                logits = tl.dot(tail_keys(tail_k_ptr, row, 0, PLANES, PAGE, D, DP), q0, input_precision=PRECISION)
-                if PLANES > 1:
-                    k1 = tail_keys(tail_k_ptr, row, 1, PLANES, PAGE, D, DP)
-                    logits = tl.dot(k1, q1, logits, input_precision=PRECISION)
-                if PLANES > 2:
-                    k2 = tail_keys(tail_k_ptr, row, 2, PLANES, PAGE, D, DP)
-                    k3 = tail_keys(tail_k_ptr, row, 3, PLANES, PAGE, D, DP)
-                    logits = tl.dot(k2, q2, logits, input_precision=PRECISION)
-                    logits = tl.dot(k3, q3, logits, input_precision=PRECISION)
+                logits = tl.zeros([PAGE, M], tl.float32)
+                for plane in tl.static_range(PLANES):
+                    k_tail = tail_keys(tail_k_ptr, row, plane, PLANES, PAGE, D, DP)
+                    q = query(q_ptr, row, plane, PLANES, QUERIES, HERE, M, D, DP)
+                    logits = tl.dot(k_tail, q, logits, input_precision=PRECISION)
                 logits = logits * scale
                 if CAPPED:
                     logits = capped(logits, cap)
@@ -170,12 +209,9 @@ def _read(
                 there = (newest * PAGE + n)[:, None] < (seen[None, :] if CAUSAL else length)
                 logits = tl.where(there, logits, float("-inf"))
                 if WINDOWED:
-                    logits = within(logits, position_ptr, page, gone, PAGE)
-                weights, shrink, top, total = softmax(logits, top, total)
-                scaled = weights.to(q0.dtype)
-                offset = offset * shrink
-                if GROUPS > 1:
-                    offset1 = offset1 * shrink
+                    logits = within(logits, position_ptr, page, gone, n, PAGE)
+                weights, shrink, top, total = softmax(logits, top, total, 0.0)
+                scaled = weights.to(tail_v_ptr.dtype.element_ty)
                 v0 = tail_values(tail_v_ptr, row, 0, RUNS, PAGE, DV, DVP)
                 acc0 = tl.dot(v0, scaled, acc0 * shrink[None, :], input_precision=PRECISION)
                 if RUNS > 1:
@@ -186,29 +222,26 @@ def _read(
                     v3 = tail_values(tail_v_ptr, row, 3, RUNS, PAGE, DV, DVP)
                     acc2 = tl.dot(v2, scaled, acc2 * shrink[None, :], input_precision=PRECISION)
                     acc3 = tl.dot(v3, scaled, acc3 * shrink[None, :], input_precision=PRECISION)
-            second = offset1 if RUNS == GROUPS else offset
-            if GROUPS == 1:
-                offset1 = offset
             safe = tl.where(total > 0, total, 1.0)
-            lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))
+            lse = tl.where(total > 0, top - ROOM + tl.log2(safe), float("-inf"))
             first_part, last_part = row_first // run, (row_stop - 1) // run  # programs that share this row
             whole = first_part == last_part
             if whole:
-                leave(out_ptr, row * QUERIES, acc0, offset, safe, 0, RUNS, HERE, M, DV, DVP)
+                leave(out_ptr, row * QUERIES, acc0, safe, 0, RUNS, HERE, M, DV, DVP)
                 if RUNS > 1:
-                    leave(out_ptr, row * QUERIES, acc1, second, safe, 1, RUNS, HERE, M, DV, DVP)
+                    leave(out_ptr, row * QUERIES, acc1, safe, 1, RUNS, HERE, M, DV, DVP)
                 if RUNS > 2:
-                    leave(out_ptr, row * QUERIES, acc2, offset1, safe, 2, RUNS, HERE, M, DV, DVP)
-                    leave(out_ptr, row * QUERIES, acc3, offset1, safe, 3, RUNS, HERE, M, DV, DVP)
+                    leave(out_ptr, row * QUERIES, acc2, safe, 2, RUNS, HERE, M, DV, DVP)
+                    leave(out_ptr, row * QUERIES, acc3, safe, 3, RUNS, HERE, M, DV, DVP)
                 tl.store(lse_ptr + row * QUERIES + m, lse * LN2, mask=m < HERE)
             else:
                 slot = (program + row) * QUERIES  # a part's own: both grow, and one of them with every part
-                leave(part_ptr, slot, acc0, offset, safe, 0, RUNS, HERE, M, DV, DVP)
+                leave(part_ptr, slot, acc0, safe, 0, RUNS, HERE, M, DV, DVP)
                 if RUNS > 1:
-                    leave(part_ptr, slot, acc1, second, safe, 1, RUNS, HERE, M, DV, DVP)
+                    leave(part_ptr, slot, acc1, safe, 1, RUNS, HERE, M, DV, DVP)
                 if RUNS > 2:
-                    leave(part_ptr, slot, acc2, offset1, safe, 2, RUNS, HERE, M, DV, DVP)
-                    leave(part_ptr, slot, acc3, offset1, safe, 3, RUNS, HERE, M, DV, DVP)
+                    leave(part_ptr, slot, acc2, safe, 2, RUNS, HERE, M, DV, DVP)
+                    leave(part_ptr, slot, acc3, safe, 3, RUNS, HERE, M, DV, DVP)
                 tl.store(part_lse_ptr + slot + m, lse, mask=m < HERE)
                 tl.debug_barrier()  # all of this program's part is written before it says so
                 before = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel")
@@ -223,8 +256,9 @@ def _read(
 def read(
     q: Tensor, paged: Paged, scale: float, plan: ReadPlan | None, *, causal: bool = False, window: int | None = None,
     positions: Tensor | None = None, cap: float | None = None, warps: int = 0, stages: int = 5,
+    packed: bool | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See :func:`kvthrift.kernels.paged.paged_attend`; ``warps`` and ``stages`` are for measuring."""
+    """See :func:`kvthrift.kernels.paged.paged_attend`; ``warps``, ``stages`` and ``packed`` are for measuring."""
     from kvthrift.kernels.paged import plan_read
 
     b, heads, length, dim = q.shape
@@ -252,8 +286,10 @@ def read(
             scale=scale * LOG2E, width=width, rows=rows, **sight,
             ROWS=triton.next_power_of_2(rows), QUERIES=queries, HERE=here, M=narrow, D=dim, DP=deep, DV=value_dim,
             DVP=wide, QP=grouped, PARTS=max(1, _JOINED // (grouped * runs * wide)), PAGE=paged.page,
-            BITS=form.bits, GROUPS=many, FLOATING=form.floating, PACKED=q.is_cuda and q.element_size() == 2,
-            EVEN=plan.even, HAS_BIAS=bias is not None, STAGES=stages,
+            BITS=form.bits, GROUPS=many, FLOATING=form.floating,
+            PACKED=q.is_cuda and q.element_size() == 2 if packed is None else packed,
+            HALF=tl.float16 if q.element_size() == 2 else tl.float32, EVEN=plan.even,
+            HAS_BIAS=bias is not None, STAGES=stages,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=warps or _warps(narrow, max(dim, value_dim)),
         )  # fmt: skip
@@ -261,7 +297,8 @@ def read(
 
 
 def _warps(queries: int, dim: int) -> int:
-    """As few as have the registers."""
-    if dim > 128:
-        return 4 if queries <= 16 else 8
-    return 1 if queries <= 16 else queries // 8
+    """As few as have the registers, and never four: from there on Triton makes products for groups of warps.
+
+    With an operand that is made in registers those gave wrong numbers, or read out of bounds (Triton 3.6, H200).
+    """
+    return 1 if queries <= 16 and dim <= 128 else 2

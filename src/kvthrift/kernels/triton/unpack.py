@@ -1,70 +1,60 @@
-"""From bytes to numbers in registers: integers around their middle, or above a power of two that is taken off later."""
+"""From bytes to numbers in registers, which cost least where bits stay where they lie in a byte.
+
+Levels count from 0. Packed, a level's bits are the last ones of a float16 whose exponent is 0: a number below the
+normal ones, ``level * step * 2 ** -24`` exactly, where a plane's step is a power of two. Products of tensor cores take
+such numbers as they are.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
 
-_MASKS = {4: "0x000F000F", 2: "0x00030003"}
-_LIFTED = {"bf16": ("0x43004300", 128), "fp16": ("0x64006400", 1024)}  # as 16 bits: that number, plus the lowest bits
-_FLOATS = {"bf16": ("bf16", 4, "0x07F007F0", "0x7B807B80"), "fp16": ("f16", 1, "0x3F803F80", "0x5C005C00")}
+_LEAST = 24  # a float16 whose only bit is the last is 2 to the minus this
 
 
 @triton.constexpr_function
-def lifted(bits: int, dtype: Any) -> float:
-    """What packed :func:`numbers` leave to add to an integer, so that the middle is at 0."""
-    return float(-_LIFTED[_name(dtype)][1] - (2**bits - 1) / 2)
+def rise(floating: bool, packed: bool) -> float:
+    """What numbers are multiplied with in the end, so that levels are a plane's step apart."""
+    return 2.0**_LEAST if packed and not floating else 1.0
 
 
 @triton.constexpr_function
-def _name(dtype: Any) -> str:
-    return "bf16" if dtype == tl.bfloat16 else "fp16"
+def step(bits: int, plane: int, packed: bool) -> float:
+    """How far two levels are apart."""
+    return 2.0 ** (bits * plane) if packed else 1.0
 
 
 @triton.constexpr_function
-def _integer_asm(bits: int, plane: int, dtype: Any) -> str:
-    """Four bytes in a register to two registers of two numbers: bits are put under those of a power of two."""
-    kind = _name(dtype)
+def centre(bits: int, plane: int, packed: bool) -> float:
+    """What the middle between the first level and the last reads as."""
+    first = 0.0 if packed else -(2.0 ** (bits - 1))
+    return first + float(step(bits, plane, packed)) * (2.0**bits - 1) / 2
+
+
+@triton.constexpr_function
+def _asm(bits: int, floating: bool, plane: int) -> str:
+    """Four bytes in a register to two registers of two float16 each."""
+    if floating:
+        halves = "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b;"
+        return "{ .reg .b16 a, b; mov.b32 {a, b}, $2; " + halves + " }"
+    if bits == 8:  # signed: the highest bit is the other way round
+        other = "xor.b32 a, $2, 0x80808080;"
+        return "{ .reg .b32 a; " + other + " prmt.b32 $0, a, 0, 0x4140; prmt.b32 $1, a, 0, 0x4342; }"
+    mask = (2**bits - 1) << (bits * plane)
     lines = [".reg .b32 a, b;", "prmt.b32 a, $2, 0, 0x4140;", "prmt.b32 b, $2, 0, 0x4342;"]
-    for out, name in ((0, "a"), (1, "b")):
-        if plane:
-            lines.append(f"shr.b32 {name}, {name}, {bits * plane};")
-        lines.append(f"lop3.b32 ${out}, {name}, {_MASKS[bits]}, {_LIFTED[kind][0]}, 0xEA;")
+    lines += [f"and.b32 ${i}, {name}, 0x{mask:04X}{mask:04X};" for i, name in enumerate("ab")]
     return "{ " + " ".join(lines) + " }"
-
-
-@triton.constexpr_function
-def _float_asm(dtype: Any) -> str:
-    """Four e4m3 in a register to two registers of two numbers: exponent and mantissa are moved, then the bias is."""
-    kind, down, moved, bias = _FLOATS[_name(dtype)]
-    lines = [".reg .b32 a, b, c, m, z;", f"mov.b32 m, {bias};", "mov.b32 z, 0x80008000;"]
-    for out, bytes_ in ((0, "0x1404"), (1, "0x3424")):  # each into the upper half of 16 bits
-        lines += [f"prmt.b32 a, $2, 0, {bytes_};", f"shr.b32 b, a, {down};", f"and.b32 b, b, {moved};"]
-        lines += ["lop3.b32 c, a, 0x80008000, b, 0xEA;", f"fma.rn.{kind}x2 ${out}, c, m, z;"]
-    return "{ " + " ".join(lines) + " }"
-
-
-@triton.constexpr_function
-def _asm(bits: int, floating: bool, plane: int, dtype: Any) -> str:
-    return str(_float_asm(dtype) if floating else _integer_asm(bits, plane, dtype))
 
 
 @triton.jit
 def numbers(
     codes, PLANE: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, PACKED: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The numbers in plane ``PLANE`` of bytes. Integers are half below their level, or far above it where packed.
-
-    Packed instructions work on two numbers of 16 bits at a time; :func:`lifted` says what they leave to add.
-    """
-    if PACKED and (FLOATING or BITS < 8):
-        asm: tl.constexpr = _asm(BITS, FLOATING, PLANE, dtype)
-        if dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(asm, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
-        else:
-            return tl.inline_asm_elementwise(asm, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+    """The numbers in plane ``PLANE`` of bytes; packed ones are float16, made two at a time."""
+    if PACKED:
+        asm: tl.constexpr = _asm(BITS, FLOATING, PLANE)
+        return tl.inline_asm_elementwise(asm, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
     elif FLOATING:
         return codes.to(tl.float8e4nv, bitcast=True).to(dtype)
     elif BITS == 8:
