@@ -15,7 +15,7 @@ from kvthrift.core import LayerView, QueryMoments, Rope, Signals
 from kvthrift.part import parts
 from kvthrift.recipe import Recipe
 from kvthrift.runtime.compress import choose
-from kvthrift.score import LinearSurrogate, PositionBias, Scorer
+from kvthrift.score import LinearSurrogate, NetworkSurrogate, PositionBias, QueryCentres, Scorer
 from kvthrift.score.surrogate import EXTRA, pack
 
 GARBAGE = 300.0
@@ -139,7 +139,12 @@ def scorers() -> list[Scorer]:
     found = [kind() for _, kind in sorted(parts()["scorer"].items()) if kind.__module__.startswith("kvthrift.")]
     weights = torch.randn(8, 3, 2 * 8 + EXTRA, generator=torch.Generator().manual_seed(0))  # for views of 3 heads
     table = tuple(tuple((0.1 * layer, 0.2 * head, 0.3) for head in range(3)) for layer in range(8))
-    made = (LinearSurrogate(pack(weights), 8, 3), PositionBias(edges=(0, 40, 200), bias=table))
+    centres = torch.rand(8, 6, 8 + 4, generator=torch.Generator().manual_seed(1))  # of 6 query heads
+    inner = 0.2 * torch.randn(8, 3, (2 * 8 + EXTRA + 2) * 4 + 1, generator=torch.Generator().manual_seed(2))
+    made = (
+        LinearSurrogate(pack(weights), 8, 3), PositionBias(edges=(0, 40, 200), bias=table),
+        QueryCentres(pack(centres), 8, 6), NetworkSurrogate(pack(inner), 8, 3, 4),
+    )  # fmt: skip
     fitted = {scorer.name: scorer for scorer in made}
     return [fitted.get(scorer.name, scorer) for scorer in found if isinstance(scorer, Scorer)]
 
@@ -159,6 +164,7 @@ def with_signals(view: LayerView, seed: int = 0, *, needs: Signals | None = None
     view.moments = moments(torch.randn(b, heads, 9, dim, generator=rng))
     view.columns = torch.rand(b, h, t, generator=rng).masked_fill(~view.valid, GARBAGE)
     view.output_weight = torch.randn(heads, view.values.shape[-1], 20, generator=rng)
+    view.prompt = view.seen // 3
     tokens = int(view.seen.max())
     view.segments = (torch.rand(b, tokens, generator=rng) < 0.1).long().cumsum(dim=1)  # about 10 tokens each
     sums = needs.powers if needs is not None else ()
@@ -184,6 +190,7 @@ def alone(view: LayerView, b: int) -> LayerView:
         moments=found and QueryMoments(found.count[b : b + 1], found.total[b : b + 1], found.outer[b : b + 1]),
         columns=None if view.columns is None else view.columns[b : b + 1, :, :stop],
         segments=None if view.segments is None else view.segments[b : b + 1],
+        prompt=None if view.prompt is None else view.prompt[b : b + 1],
         powers={wanted: x[b : b + 1, :, :stop] for wanted, x in view.powers.items()},
         second_pass={wanted: x[b : b + 1, :, :stop] for wanted, x in view.second_pass.items()},
         _valid=None,

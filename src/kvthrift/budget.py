@@ -75,7 +75,9 @@ class Budget:
         return f"{float(self.amount):g}" if self.amount.denominator != 1 else str(int(self.amount))
 
     def entries(self, length: int, *, heads: int, entry_bytes: int, page: int, head_bytes: int = 0) -> int:
-        """Entries per KV head for one sequence.
+        """Entries per KV head for one sequence, the mean over its heads.
+
+        Of bytes they are whole pages, unless the pages of the whole sequence fit.
 
         Args:
             length: tokens of the sequence so far.
@@ -92,7 +94,7 @@ class Budget:
         if self.unit == "share":
             return max(1, int(self.amount * length))
         entries = (int(self.amount) - heads * head_bytes) // (heads * entry_bytes)
-        if entries >= length:
+        if entries >= -(-length // page) * page:
             return entries
         if entries < page:
             least = heads * (entry_bytes * page + head_bytes)

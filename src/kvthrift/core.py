@@ -99,7 +99,8 @@ class Signals:
     attention received by each entry from all queries so far; ``output_weight``: the output projection;
     ``powers``: the same of their powers; ``rope``: the rotary embedding; ``second_pass``: what a context fed again
     behind itself attends to; ``segments``: which part of the text, cut at punctuation, each token belongs to;
-    ``stand_ins``: that outputs of other heads take the place of those of heads that are given up.
+    ``stand_ins``: that outputs of other heads take the place of those of heads that are given up; ``prompt``: how many
+    tokens were read before the first was decoded, all of which are then to stay.
     """
 
     window: int = 0
@@ -112,6 +113,7 @@ class Signals:
     segments: bool = False
     powers: tuple[Powers, ...] = ()
     stand_ins: bool = False
+    prompt: bool = False
 
     def __or__(self, other: Signals) -> Signals:
         return Signals(
@@ -125,6 +127,7 @@ class Signals:
             self.segments or other.segments,
             tuple(dict.fromkeys((*self.powers, *other.powers))),
             self.stand_ins or other.stand_ins,
+            self.prompt or other.prompt,
         )
 
     def __str__(self) -> str:
@@ -140,6 +143,7 @@ class Signals:
                 (self.segments, "segments of the text"),
                 (bool(self.powers), "sums of attention powers"),
                 (self.stand_ins, "outputs of other heads"),
+                (self.prompt, "the prompt's length"),
             )
             if wanted
         ]
@@ -228,6 +232,7 @@ class LayerView:
         second_pass: ``[B, H, T]`` float32 for each second pass that was made.
         powers: ``[B, H, T]`` float32 for each sum of attention powers.
         segments: ``[B, P]`` number of the segment at every true position; the last column stands for all text behind.
+        prompt: ``[B]`` int64, tokens that were read before the first was decoded.
     """
 
     layer: int
@@ -250,6 +255,7 @@ class LayerView:
     second_pass: dict[SecondPass, Tensor] = field(default_factory=dict)
     powers: dict[Powers, Tensor] = field(default_factory=dict)
     segments: Tensor | None = None
+    prompt: Tensor | None = None
     known_seen: tuple[int, ...] = ()
     known_lengths: NDArray[np.int64] | None = None
     shared: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)

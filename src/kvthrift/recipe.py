@@ -48,16 +48,25 @@ class Trigger:
     """When a recipe acts.
 
     ``prompt``: after a forward pass over several tokens, if it is the first or has at least ``min_turn`` of them
-    (shorter ones are taken for speculation). ``every``: also after that many decoded tokens; None for never.
+    (shorter ones are taken for speculation). ``every``: also after that many decoded tokens; None for never. These are
+    each sequence's own, or with ``together`` those of all sequences of a cache added up.
     """
 
     prompt: bool = True
     every: int | None = None
     min_turn: int = 32
+    together: bool = False
 
     def __post_init__(self) -> None:
         require(self.every is None or self.every >= 1, f"every={self.every} must be at least 1 token.")
         require(self.min_turn >= 2, f"min_turn={self.min_turn} must be at least 2 tokens.")
+        require(
+            self.every is not None or not self.together, "together=True counts decoded tokens, but every is not set."
+        )
+
+    def steps(self, batch: int) -> int | None:
+        """Tokens of each of ``batch`` sequences after which decoding is due; None for never."""
+        return -(-self.every // max(batch, 1)) if self.every is not None and self.together else self.every
 
 
 @dataclass(frozen=True)
@@ -251,7 +260,7 @@ def _line(value: Any) -> str:
 
 def _record(kind: type[Protect] | type[Trigger]) -> Any:
     hints = {f.name: f for f in fields(kind)}
-    types = {"sinks": int, "recent": int, "prompt": bool, "every": int | None, "min_turn": int}
+    types = {"sinks": int, "recent": int, "prompt": bool, "every": int | None, "min_turn": int, "together": bool}
 
     def build(value: Any) -> Any:
         if not isinstance(value, dict):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +12,7 @@ from typer.testing import Result
 import kvthrift as package
 from kvthrift.cli import main
 from kvthrift.cli.app import VERBS
+from kvthrift_command import main as command
 
 Run = Callable[..., Result]
 
@@ -42,3 +45,32 @@ def test_the_entry_point_is_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         main()
     assert left.value.code == 0
     assert package.__version__ in capsys.readouterr().out
+
+
+LIGHT = """
+import sys
+from kvthrift_command import main
+sys.argv = ["kvthrift", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as left:
+    assert left.code == 0
+heavy = {"torch", "transformers", "numpy", "kvthrift"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("--version",)])
+def test_what_the_command_says_of_itself_takes_no_model_library(kvthrift: Run, words: tuple[str, ...]) -> None:
+    wanted = kvthrift(*words)  # sets how wide and colourless output is, for both
+    found = subprocess.run([sys.executable, "-c", LIGHT, *words], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == wanted.stdout
+
+
+def test_a_verb_is_handed_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["kvthrift", "methods", "snapkv", "--json"])
+    with pytest.raises(SystemExit) as left:
+        command()
+    assert left.value.code == 0
+    assert '"snapkv"' in capsys.readouterr().out

@@ -46,6 +46,7 @@ def test_the_file_is_what_headkv_takes(tmp_path: Path, monkeypatch: pytest.Monke
         (("headkv", "--out", "x", "--length", "50"), "too short"),
         (("headkv", "--out", "x", "--length", "50000"), "reads at most"),
         (("headkv", "--out", "x", "--text", "nowhere.txt"), "cannot be read"),
+        (("headkv", "--out", "x", "--form", "mlp"), "headkv has no forms"),
         (("headkv", "--out", "x", "--samples", "1", "--length", "700"), "no token of the answer"),
     ],
 )
@@ -68,6 +69,7 @@ def test_other_methods_are_measured_and_shown(tmp_path: Path, monkeypatch: pytes
         ("kvzap", "log scores explained in 4 KV heads"),
         ("kvzap-plus", "KVzip+'s log scores explained in 4 KV heads"),
         ("kvzip", "The 4 most important of 4 KV heads"),
+        ("triattention", "How far queries point one way, from 0 to 1, in 4 heads of 2 layers"),
     ):
         out = str(tmp_path / f"{name}.safetensors")
         found = run(name, "--out", out, "--samples", "2", "--length", "700")
@@ -88,3 +90,13 @@ def test_a_calibration_for_another_method_is_refused(tmp_path: Path) -> None:
     for name in ("compresskv", "headkv"):
         with pytest.raises(CalibrationError, match="holds a calibration of kind 'query_entropy'"):
             method(name, calibration=out)
+
+
+def test_networks_are_measured_beside_linear_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verb, "load_model", lambda *_, **__: (tiny("llama"), Spelling()))
+    out = str(tmp_path / "x.safetensors")
+    found = run("kvzap", "--form", "mlp", "--out", out, "--samples", "2", "--length", "300")
+    assert found.exit_code == 0, found.output
+    assert "On 1 of the passages, which it was not fitted to; a linear map explains" in found.output
+    assert "Fitted on 1 passages of 300 tokens" in found.output
+    Cache(config("llama"), method("kvzap", budget=64, calibration=out))

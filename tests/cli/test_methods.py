@@ -56,3 +56,8 @@ def test_an_unknown_method_is_refused(kvthrift: Run) -> None:
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "unknown method 'h20'. Did you mean 'h2o'?" in result.stderr
+
+
+def test_the_example_of_a_method_that_keeps_the_prompt_has_room_for_one(kvthrift: Run) -> None:
+    assert "--method triattention --budget 8192" in kvthrift("methods", "triattention").stdout
+    assert "--method snapkv --budget 25%" in kvthrift("methods", "snapkv").stdout

@@ -12,7 +12,7 @@ from tests.views import eager_rows
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvthrift import Budget, BudgetError, Cache, OptionError, Recipe, method, prefill
+from kvthrift import Budget, BudgetError, Cache, OptionError, Recipe, Trigger, generate, method, prefill
 from kvthrift.allocate import PageLayers, pages
 from kvthrift.allocate.pages import page_costs
 from kvthrift.score import AttentionPower, WindowAttention
@@ -294,3 +294,63 @@ def test_a_recipe_takes_its_further_forms() -> None:
         method("kv_compress", ranked=0)
     with pytest.raises(OptionError, match="even"):
         method("kv_compress", even="odd")
+
+
+def test_a_buffer_of_any_size_leaves_near_queries_out_decoded_ones_too() -> None:
+    model, ids = tiny("llama"), text(1, N)
+    recipe = method("kv_compress", budget=BUDGET, buffer=5, kernel=1, every=1000)
+    assert isinstance(recipe.scorer, AttentionPower)
+    assert recipe.scorer.buffer == 5
+    assert [method("kv_compress", full=x).scorer.buffer for x in (False, True)] == [0, 10]  # type: ignore[attr-defined]
+    assert method("kv_compress", full=True, buffer=0).scorer.buffer == 0  # type: ignore[attr-defined]
+    past = Cache(model.config, recipe, observe=[recipe])
+    whole = Cache(model.config, observe=[recipe])
+    with torch.inference_mode():
+        for cache in (past, whole):
+            model(input_ids=ids, past_key_values=cache)
+    for layer in whole.state.layers:
+        assert layer.store is not None
+        sums = layer.store.plane(recipe.scorer.sums.plane)[0]
+        assert (sums[:, -5:] == 0).all()  # the last query is fewer than 5 positions behind them
+        assert (sums[:, :-12] > 0).all()
+    store = past.state.layers[0].store
+    assert store is not None
+    name, count = recipe.scorer.sums.plane, store.lengths[0]
+    before = [store.plane(name)[0, h, :n].clone() for h, n in enumerate(count)]
+    with torch.inference_mode():
+        model(input_ids=ids[:, :1], past_key_values=past)
+    for h, n in enumerate(count):
+        more = store.plane(name)[0, h, :n] - before[h]
+        near = store.positions()[0, h, :n] > N - 5
+        assert (more[near] == 0).all()
+        assert (more[~near] > 0).all()
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, 24), (2, 12), (5, 5)])
+def test_the_limit_of_new_tokens_counts_those_of_all_sequences(batch: int, steps: int) -> None:
+    model = tiny("llama")
+    past = Cache(model.config, method("kv_compress", budget=BUDGET, limit=24))
+    with torch.inference_mode():
+        model(input_ids=text(5, N)[:batch], past_key_values=past)
+        most = [past.report().entries]
+        for n in range(3 * steps + 1):
+            model(input_ids=text(5, 1, seed=n)[:batch], past_key_values=past)
+            most.append(past.report().entries)
+    cuts = [n for n in range(1, len(most)) if most[n] < most[n - 1]]
+    assert cuts == [steps + 1, 2 * steps + 1, 3 * steps + 1]  # at the start of the step that comes behind so many
+    assert max(most) <= batch * 4 * (BUDGET + steps)
+
+
+def test_a_limit_goes_on_within_generate_and_is_checked() -> None:
+    model, ids = tiny("llama"), text(2, N)
+    recipe = method("kv_compress", budget=BUDGET, limit=16)
+    caches = [Cache(model.config, recipe) for _ in range(2)]
+    one = generate(model, ids, caches[0], max_new_tokens=30, do_sample=False)
+    other = model.generate(ids, past_key_values=caches[1], max_new_tokens=30, do_sample=False)
+    assert torch.equal(one, other)
+    assert caches[0].report().entries <= (BUDGET + 8) * 8
+    assert Recipe.from_plain(recipe.plain()) == recipe
+    with pytest.raises(OptionError, match="never matters with continual"):
+        method("kv_compress", limit=3, continual=True)
+    with pytest.raises(OptionError, match="every is not set"):
+        Trigger(together=True)

@@ -54,6 +54,7 @@ PROTECTED = {
     "streamingllm": Protect(4, 0),
     "task_kv": Protect(0, 0),
     "tova": Protect(0, 1),
+    "triattention": Protect(0, 0),
     "uncomp": Protect(0, 8),
 }
 

@@ -141,3 +141,37 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     for options in ({"sizes": "256/-1"}, {"sizes": "a/b"}, {"sizes": ""}, {"staged": 1000}):
         with pytest.raises(OptionError, match=next(iter(options))):
             method("uncomp", **options)
+
+
+def halved(entries: int, mean: int, sizes: tuple[float, ...] = (256.0, 512.0), floor: int = 8) -> list[int]:
+    view = layer_view(heads=4, entries=entries, layers=1, dim=2)
+    part = GroupHeads(((0, 0, 1, 1),), sizes, floor, halved=True)
+    return [int(n) for n in part.split(torch.zeros(1, 4, entries), torch.tensor([mean]), view)[0]]
+
+
+def test_of_a_text_no_longer_than_the_larger_size_the_small_group_keeps_half() -> None:
+    assert halved(513, 384) == [256, 256, 512, 512]
+    assert halved(512, 384) == [256, 256, 512, 512]
+    assert halved(511, 384) == [255, 255, 511, 511]
+    assert halved(400, 384) == [200, 200, 400, 400]
+    assert halved(33, 24) == [16, 16, 32, 32]
+    assert halved(30, 24) == [15, 15, 30, 30]
+    assert sizes_of(4, "256/512", 384, entries=400) == [368, 368, 400, 400]  # what it is without: all is used
+
+
+def test_halving_never_exceeds_the_budget_nor_takes_the_window() -> None:
+    assert halved(30, 20, (8.0, 512.0)) == [10, 10, 30, 30]  # 8 to 512, so that half would be too much
+    assert halved(12, 10) == [8, 8, 12, 12]
+    with pytest.raises(OptionError, match="rule for two groups"):
+        GroupHeads(sizes=(1.0, 2.0, 3.0), halved=True)
+    with pytest.raises(OptionError, match="deleted=True gives one up"):
+        method("uncomp", short="halved", deleted=True)
+
+
+def test_the_short_rule_is_followed_by_a_cache(tmp_path: Path) -> None:
+    recipe = method("uncomp", calibration=table_file(tmp_path), short="halved", budget=48)
+    for length, wanted in ((60, [[30, 60]] * 2), (64, [[32, 64]] * 2), (65, [[32, 64]] * 2), (48, [[48, 48]] * 2)):
+        cache = read(tiny("llama"), text(1, length), recipe)
+        assert [sorted(map(len, layer)) for layer in held(cache)] == wanted
+        for layer in held(cache):
+            assert all(head[-8:] == list(range(length - 8, length)) for head in layer)

@@ -62,6 +62,8 @@ def test_a_scorer_declares_every_signal_it_reads(scorer: Scorer) -> None:
         view.second_pass = {}
     if not needs.segments:
         view.segments = None
+    if not needs.prompt:
+        view.prompt = None
     view.output_weight = None
     scorer.score(view)
 

@@ -7,7 +7,7 @@ from kvthrift.allocate.base import HeadAllocator, LayerAllocator, UniformHeads, 
 from kvthrift.allocate.deleted import DeletedHeads
 from kvthrift.allocate.groups import GroupHeads
 from kvthrift.allocate.heads import AdaptiveHeads, TableHeads
-from kvthrift.allocate.joint import CompositeLayers, PoolLayers
+from kvthrift.allocate.joint import AgreedLayers, CompositeLayers, PoolLayers
 from kvthrift.allocate.layers import EntropyLayers, PreferenceLayers, PyramidLayers
 from kvthrift.allocate.listed import BudgetLayers
 from kvthrift.allocate.pages import PageLayers
@@ -20,6 +20,7 @@ from kvthrift.allocate.whole import WholeHeads
 
 __all__ = [
     "AdaptiveHeads",
+    "AgreedLayers",
     "BudgetLayers",
     "CompositeLayers",
     "DeletedHeads",

@@ -59,6 +59,16 @@ class LayerAllocator(Part, kind="layers"):
         """
         raise NotImplementedError
 
+    def agree(self, scores: Sequence[Tensor], positions: Sequence[Tensor], valid: Sequence[Tensor]) -> list[Tensor]:
+        """The scores that each layer chooses by, its own by default; only for ``scope="joint"``.
+
+        Args:
+            scores: ``[B, H, T]`` for each layer.
+            positions: ``[B, H, T]`` int64 of its entries.
+            valid: ``[B, H, T]`` bool, those that there are.
+        """
+        return list(scores)
+
     def stop(self, view: LayerView, scores: Tensor, protected: Tensor) -> Tensor:
         """Entries per head that are enough for this layer, ``[B]`` int64; only for one that ``decides``.
 

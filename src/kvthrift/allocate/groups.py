@@ -45,7 +45,9 @@ class GroupHeads(HeadAllocator, name="groups"):
 
     A head of group g gets entries in proportion to ``sizes[g]``, scaled so that the layer's mean is the budget exactly:
     sizes 256 and 512 of equal groups, at a mean of 384, are just those. No head gets less than ``protected``, nor more
-    than there are; what that leaves or takes, the others share.
+    than there are; what that leaves or takes, the others share. With ``halved``, for two groups, a text no longer than
+    the larger size stays whole in its heads, and by half in the others (the authors' code), where the budget has room
+    for that; it is less than the budget then.
 
     ``labels[l][h]`` is the group of KV head h in the model's own layer l; an empty table deals groups out by the head's
     number. ``model`` is the fingerprint of the model they were measured on.
@@ -55,9 +57,14 @@ class GroupHeads(HeadAllocator, name="groups"):
     sizes: tuple[float, ...] = (256.0, 512.0)
     protected: int = 0
     model: str = ""
+    halved: bool = False
 
     def __post_init__(self) -> None:
         require(len(self.sizes) >= 1, "sizes must name at least one group.")
+        require(
+            not self.halved or len(self.sizes) == 2,
+            f"halved=True is a rule for two groups, but sizes={self.sizes} names {len(self.sizes)}.",
+        )
         require(all(0 < s < float("inf") for s in self.sizes), f"sizes={self.sizes} must be positive numbers.")
         require(self.protected >= 0, f"protected={self.protected} must be 0 or more entries.")
         known = all(0 <= label < len(self.sizes) for row in self.labels for label in row)
@@ -70,11 +77,18 @@ class GroupHeads(HeadAllocator, name="groups"):
     def known(self, per_head: Ints, view: LayerView) -> Ints:
         heads = view.lengths.shape[1]
         sizes = np.asarray(self.sizes, dtype=np.float64)[self._labels(view, heads)]
-        counts = [
-            group_counts(int(mean) * heads, sizes, caps, max(self.protected, 1))
-            for mean, caps in zip(per_head, view.counted, strict=True)
-        ]
-        return np.stack(counts)
+        floor, rows = max(self.protected, 1), zip(per_head, view.counted, view.tokens, strict=True)
+        return np.stack([self._counts(int(mean), sizes, caps, floor, tokens) for mean, caps, tokens in rows])
+
+    def _counts(self, mean: int, sizes: NDArray[np.float64], caps: Ints, floor: int, tokens: int) -> Ints:
+        """Entries of each head of one sequence of so many tokens."""
+        room = mean * len(sizes)
+        large = sizes == max(self.sizes)
+        if self.halved and large.any() and tokens <= max(self.sizes) * room / sizes.sum():
+            found = np.minimum(caps, np.where(large, tokens, max(tokens // 2, floor)))
+            if found.sum() <= room:  # else the sizes differ by more than two to one
+                return found
+        return group_counts(room, sizes, caps, floor)
 
     def split(self, scores: Tensor, per_head: Tensor, view: LayerView) -> Tensor:
         return torch.from_numpy(self.known(per_head.cpu().numpy(), view)).to(scores.device)

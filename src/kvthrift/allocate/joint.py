@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvthrift.allocate.base import LayerAllocator
+from kvthrift.errors import RecipeError
 from kvthrift.part import require
 
 _ABSENT = float("-inf")
@@ -103,3 +104,37 @@ class CompositeLayers(LayerAllocator, name="composite"):
         there = ranked > _ABSENT
         total = ranked.masked_fill(~there, 0.0).sum(dim=1) / there.sum(dim=1).clamp(min=1)
         return total.masked_fill(~there.any(dim=1), _ABSENT)
+
+
+@dataclass(frozen=True)
+class AgreedLayers(LayerAllocator, name="agreed"):
+    """All layers keep the same tokens: what counts is a token's mean score over the layers, KV head by KV head.
+
+    Heads of the same number choose together (2604.04921, its default). The mean is over those layers that hold the
+    token: all of them, where everything else of the recipe is equal in all layers. Layers must have as many KV heads.
+    """
+
+    scope: ClassVar[Literal["layer", "model", "joint"]] = "joint"
+
+    def share(self, contests: Sequence[Tensor], per_head: Tensor) -> list[Tensor]:
+        return [per_head] * len(contests)
+
+    def agree(self, scores: Sequence[Tensor], positions: Sequence[Tensor], valid: Sequence[Tensor]) -> list[Tensor]:
+        heads = {x.shape[1] for x in scores}
+        if len(heads) > 1:
+            raise RecipeError(
+                f"layers={self.name} lets heads of the same number choose together, but layers of this model have "
+                f"{' and '.join(map(str, sorted(heads)))} KV heads. Use layers that choose for themselves."
+            )
+        tokens = 1 + max(int(x.max()) for x in positions)
+        total = scores[0].new_zeros(*scores[0].shape[:2], tokens)  # [B, H, tokens]
+        count = torch.zeros_like(total)
+        for score, at, there in zip(scores, positions, valid, strict=True):
+            place = at.masked_fill(~there, 0)
+            total.scatter_add_(2, place, score.masked_fill(~there, 0.0).to(total.device))
+            count.scatter_add_(2, place, there.to(total))
+        mean = total / count.clamp(min=1)
+        return [
+            mean.gather(2, at.masked_fill(~there, 0)).to(score.device)
+            for score, at, there in zip(scores, positions, valid, strict=True)
+        ]

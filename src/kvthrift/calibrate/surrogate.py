@@ -104,6 +104,23 @@ class Sums:
             raise CalibrationError(f"{path} is missing or damaged ({error}). Begin again with --force.") from error
 
 
+def network_of(artefact: Artefact) -> tuple[Tensor, int] | None:
+    """Packed networks ``[L, H, ...]`` of an artefact and their width; None if it holds linear maps.
+
+    Raises:
+        CalibrationError: they are not for every head of its model.
+    """
+    found, meta = artefact.tensors.get("network"), artefact.meta
+    if found is None:
+        return None
+    if found.ndim != 3 or tuple(found.shape[:2]) != (meta.layers, meta.kv_heads) or not bool(found.isfinite().all()):
+        raise CalibrationError(
+            f"this calibration has no finite network for every head of {meta.layers} layers of {meta.kv_heads} KV "
+            "heads. Calibrate again."
+        )
+    return found, int(meta.provenance["width"])
+
+
 def weights_of(artefact: Artefact) -> Tensor:
     """Weights ``[L, H, F]`` of an artefact.
 

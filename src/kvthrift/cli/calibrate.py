@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -13,11 +13,13 @@ from rich.table import Table
 from torch import Tensor
 
 from kvthrift.calibrate import Artefact, check_free
+from kvthrift.calibrate.centres import concentration
 from kvthrift.cli import options as o
 from kvthrift.cli.files import read_text
 from kvthrift.cli.progress import Bars
-from kvthrift.errors import UnknownNameError
+from kvthrift.errors import OptionError, UnknownNameError
 from kvthrift.integrations.transformers.calibrate import measure_heads
+from kvthrift.integrations.transformers.centres import measure_centres
 from kvthrift.integrations.transformers.head_scores import measure_head_scores
 from kvthrift.integrations.transformers.loading import load_model
 from kvthrift.integrations.transformers.measuring import measure_entropy, measure_retrieval
@@ -30,6 +32,7 @@ METHODS: dict[str, Callable[..., Artefact]] = {
     "kvzap": measure_surrogate,
     "kvzap-plus": partial(measure_surrogate, plus=True),
     "kvzip": measure_head_scores,
+    "triattention": measure_centres,
 }
 SHOWN = 10
 
@@ -49,6 +52,10 @@ Text = Annotated[
         rich_help_panel=o.TEXT,
     ),
 ]
+Form = Annotated[
+    Literal["linear", "mlp"],
+    typer.Option(help="For kvzap and kvzap-plus: maps that are linear, or small networks.", rich_help_panel=o.TEXT),
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Overwrite FILE and what another run left.", rich_help_panel=o.OUTPUT)
 ]
@@ -64,6 +71,7 @@ def calibrate(
     length: Length = 1024,
     seed: Seed = 0,
     text: Text = None,
+    form: Form = "linear",
     force: Force = False,
     debug: o.Debug = False,
 ) -> None:
@@ -75,6 +83,9 @@ def calibrate(
     """
     if method not in METHODS:
         raise UnknownNameError("method to calibrate for", method, METHODS)
+    if form != "linear" and not method.startswith("kvzap"):
+        raise OptionError(f"--form {form} is of kvzap and kvzap-plus; {method} has no forms. Leave it out.")
+    more = {"form": form} if form != "linear" else {}
     check_free(out, force=force)
     filler = None if text is None else read_text(text)
     with Bars(shown=True) as bars:
@@ -82,7 +93,7 @@ def calibrate(
         llm, tokenizer = load_model(model, dtype=dtype, device=where, progress=bars.stage)
         found = METHODS[method](
             llm, tokenizer, out,
-            samples=samples, length=length, seed=seed, text=filler, force=force, progress=bars.stage,
+            samples=samples, length=length, seed=seed, text=filler, force=force, progress=bars.stage, **more,
         )  # fmt: skip
     _show(Console(), found, out)
 
@@ -104,7 +115,14 @@ def _show(console: Console, found: Artefact, out: Path) -> None:
         console.print(f"Heads ranked by {facts['found']} of {facts['samples']} tests, those that the model answered.")
     elif "explained" in found.tensors:
         _show_explained(console, found.tensors["explained"], "KVzip+" if "target" in facts else "KVzip")
-        console.print(f"Fitted on {facts['samples']} passages of {facts['length']} tokens, read twice.")
+        kept = facts.get("held_out", 0)
+        if kept:
+            console.print(f"On {kept} of the passages, which it was not fitted to; a linear map explains "
+                          f"{facts['explained_linear']:.1%} of them.")  # fmt: skip
+        console.print(f"Fitted on {facts['samples'] - kept} passages of {facts['length']} tokens, read twice.")
+    elif "centres" in found.tensors:
+        _show_concentration(console, concentration(found.tensors["centres"], int(facts["head_dim"])))
+        console.print(f"Measured on {facts['samples']} passages of {facts['length']} tokens.")
     else:
         _show_entropy(console, found.tensors["entropy"].mean(dim=0))
         console.print(f"Measured on {facts['samples']} passages of {facts['length']} tokens.")
@@ -127,13 +145,21 @@ def _show_layers(console: Console, heads: Tensor, errors: Tensor) -> None:
 
 def _show_entropy(console: Console, entropy: Tensor) -> None:
     console.print(f"Query entropy of {entropy.shape[1]} heads in {len(entropy)} layers")
-    rows = [(n, f"{row.min():.3f}", f"{row.mean():.3f}", f"{row.max():.3f}") for n, row in enumerate(entropy)]
-    console.print(_table(("layer", "lowest", "mean", "highest"), rows))
+    _show_spans(console, entropy)
+
+
+def _show_concentration(console: Console, found: Tensor) -> None:
+    console.print(f"How far queries point one way, from 0 to 1, in {found.shape[1]} heads of {len(found)} layers")
+    _show_spans(console, found)
 
 
 def _show_explained(console: Console, explained: Tensor, name: str) -> None:
     console.print(f"Variance of {name}'s log scores explained in {explained.numel()} KV heads: {explained.mean():.1%}")
-    rows = [(n, f"{row.min():.3f}", f"{row.mean():.3f}", f"{row.max():.3f}") for n, row in enumerate(explained)]
+    _show_spans(console, explained)
+
+
+def _show_spans(console: Console, table: Tensor) -> None:
+    rows = [(n, f"{row.min():.3f}", f"{row.mean():.3f}", f"{row.max():.3f}") for n, row in enumerate(table)]
     console.print(_table(("layer", "lowest", "mean", "highest"), rows))
 
 

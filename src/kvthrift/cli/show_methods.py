@@ -12,6 +12,7 @@ from kvthrift.cli.card import Card
 
 PAPERS = "https://arxiv.org/abs/"
 EXAMPLE_BUDGET = "25%"
+LARGE_BUDGET = "8192"  # where the whole prompt stays, which is more than any share of it
 
 
 def show_cards(console: Console, cards: list[Card]) -> None:
@@ -51,7 +52,7 @@ def _parts(card: Card) -> Table:
     table = _table("part", "by default")
     recipe = card.recipe
     if recipe is not None and recipe.name != "full":
-        recipe = recipe.with_options(budget=Budget.parse(EXAMPLE_BUDGET))
+        recipe = recipe.with_options(budget=Budget.parse(_budget(card)))
     for question, answer in recipe.table() if recipe is not None else [("needs", card.needs)]:
         table.add_row(question, Text(answer))
     return table
@@ -67,9 +68,13 @@ def _table(*columns: str) -> Table:
 def _example(card: Card) -> str:
     words = ["kvthrift run --method", card.method.name]
     if card.method.name != "full":
-        words += ["--budget", EXAMPLE_BUDGET]
+        words += ["--budget", _budget(card)]
     own = next((x for x in card.method.options if isinstance(x.default, int) and x.default), None)
     return " ".join([*words, *(["--option", f"{own.name}={own.default}"] if own else [])])
+
+
+def _budget(card: Card) -> str:
+    return LARGE_BUDGET if card.recipe is not None and card.recipe.needs.prompt else EXAMPLE_BUDGET
 
 
 def _plain(text: str) -> str:

@@ -29,6 +29,7 @@ _FILES = (
     "streamingllm",
     "task_kv",
     "tova",
+    "triattention",
     "uncomp",
 )
 

@@ -27,6 +27,8 @@ def kv_compress(
     average: bool = False,
     sinks: int = 0,
     protected: int = 0,
+    buffer: int | None = None,
+    limit: int = 0,
 ) -> Recipe:
     """Keeps entries with the largest squared attention, and frees the cheapest pages of the whole model.
 
@@ -52,10 +54,17 @@ def kv_compress(
         average: divide sums by the queries that counted; with ``full`` only, for over a window it changes no order.
         sinks: first entries that stay; none in the paper's runs.
         protected: newest entries that stay, if not those said above (its server protects 64 to 100); 0 for those.
+        buffer: queries, decoded ones too, do not count for entries fewer positions before them; as published (none, and
+            10 with ``full``) if left out.
+        limit: compress while decoding whenever the sequences of a cache have so many new tokens together, its server's
+            limit of new tokens; 0 for no limit. Every decode step's attention is added, as with ``continual``.
     """
     require(bool(bias) or not bias_weight, f"bias_weight={bias_weight} weighs a table that was not given. Give bias.")
-    asked = AttentionPower(squared, 0, 10, 1, average) if full else AttentionPower(squared, window, 0, kernel, average)
-    scorer: Scorer = asked
+    require(limit >= 0, f"limit={limit} must be 0 (none) or more tokens.")
+    require(not (continual and limit), f"limit={limit} never matters with continual=True. Use one of the two.")
+    gap = buffer if buffer is not None else 10 if full else 0
+    asked = (0, gap, 1) if full else (window, gap, kernel)
+    scorer: Scorer = AttentionPower(squared, *asked, average)
     if bias:
         how = "Write a table of the kind that kvthrift.calibrate.bins describes, and give that file."
         table = load_named(bias, method="kv_compress", kind=KIND, remedy=how)
@@ -65,5 +74,5 @@ def kv_compress(
         scorer=scorer,
         layers=PageLayers(page, rounding, even=even, ranked=ranked),
         protect=Protect(sinks, protected or (32 if full else window)),
-        trigger=Trigger(every=1 if continual else None),
+        trigger=Trigger(every=limit or (1 if continual else None), together=limit > 0),
     )

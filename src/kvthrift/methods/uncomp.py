@@ -45,13 +45,14 @@ def uncomp(
     staged: int = 0,
     decode: bool = False,
     deleted: bool = False,
+    short: Literal["shared", "halved"] = "shared",
 ) -> Recipe:
     """Gives heads whose queries use more directions more room, then chooses as SnapKV does.
 
     Heads are sorted offline into as many groups as ``sizes`` names; sizes are proportions, scaled so that the mean is
     the budget (at the mean they were published for, they are the sizes themselves). The paper groups query heads over
     repeated keys; here a KV head is one unit. Higher entropy keeps more, as in the authors' code. Of a short text,
-    heads leave to others what they cannot fill (the code halves the small group's), and none falls below the window.
+    heads leave to others what they cannot fill (see ``short``), and none falls below the window.
     ``decode`` evicts one entry for each new one; the attention of the last queries is taken over what is held then,
     not carried along, and neighbours are those in the text.
     ``staged`` shares room out over layers by the lengths of the paper's staged prefill; prefill itself drops nothing,
@@ -72,11 +73,15 @@ def uncomp(
         staged: the model's most tokens, of which layer groups keep less and less (4096 in the paper); 0 for no groups.
         decode: keep every head at its size at every decoded token too.
         deleted: give the group of lowest entropy up; the others share the budget. Not in a server.
+        short: what a text leaves over that is no longer than the larger of two groups' size: it is "shared" with the
+            other heads; or, as in the authors' code, they are "halved": they keep half of the text.
     """
     require(staged == 0 or staged > SHORTEST, f"staged={staged} must be 0, or more than {SHORTEST} tokens.")
     table = load_named(calibration, method="uncomp", kind=KIND)
     found, model = entropies(table), table.meta.model
     wanted = _sizes(sizes)
+    halved = short == "halved"
+    require(not (halved and deleted), "short=halved is of two groups that stay, but deleted=True gives one up.")
     per_head = found.mean(dim=-1) if pooled == "mean" else found.amax(dim=-1)  # [S, L, H]
     labels = head_groups(per_head, len(wanted))
     layers: TableLayers | UniformLayers = UniformLayers()
@@ -87,7 +92,7 @@ def uncomp(
         "uncomp",
         scorer=WindowAttention(window=window, queries="sum", kernel=kernel, group=group),
         layers=layers,
-        heads=(DeletedHeads if deleted else GroupHeads)(labels, wanted, window, model),
+        heads=(DeletedHeads if deleted else GroupHeads)(labels, wanted, window, model, halved),
         protect=Protect(recent=window),
         trigger=Trigger(every=1 if decode else None),
     )

@@ -5,11 +5,13 @@ One idea a file. Knows nothing of budgets or of what is done with a score.
 
 from kvthrift.score.base import Scorer
 from kvthrift.score.bins import PositionBias
+from kvthrift.score.centres import QueryCentres
 from kvthrift.score.chosen import ChosenHeads
 from kvthrift.score.column import AttentionReceived
 from kvthrift.score.ends import EndsFirst
 from kvthrift.score.expected import ExpectedAttention
 from kvthrift.score.lag import LagRelative
+from kvthrift.score.network import NetworkSurrogate
 from kvthrift.score.norm import KeyDifference, KeyNorm
 from kvthrift.score.order import Recency, Uninformed
 from kvthrift.score.power import AttentionPower
@@ -29,7 +31,9 @@ __all__ = [
     "LagRelative",
     "LastQuery",
     "LinearSurrogate",
+    "NetworkSurrogate",
     "PositionBias",
+    "QueryCentres",
     "Recency",
     "Scorer",
     "SecondPassAttention",
