@@ -14,6 +14,7 @@ Knows nothing of tensors, models or the command line; the command line turns any
     |  `- ModelMismatchError      a cache, save file or calibration made for another model
     |- MaskError              an attention mask that is neither causal nor padding
     |- CacheStateError        a cache that can no longer be trusted, or used out of order
+    |- NoRoomError            memory for pages that could not be had
     |- SaveFileError          a saved cache that is damaged or not ours
     |- CalibrationError       an offline artefact that is missing or damaged
     |- DataError              evaluation data that is missing or malformed
@@ -79,6 +80,10 @@ class MaskError(KvthriftError):
 
 class CacheStateError(KvthriftError):
     """A cache is used out of order, or after a forward pass failed half way."""
+
+
+class NoRoomError(KvthriftError, MemoryError):
+    """Memory for a layer's pages could not be had; pages and entries are as they were."""
 
 
 class SaveFileError(KvthriftError):

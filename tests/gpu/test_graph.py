@@ -16,6 +16,7 @@ pytestmark = pytest.mark.gpu
 
 MODELS = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox"]
 METHODS = ["full", "snapkv", "adakv", "lava", "streamingllm"]
+WATCHING = ["snapkv", "cake", "lava", "tova", "h2o", "kv_compress", "expected_attention"]  # look at decoded tokens
 
 
 def on_gpu(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -63,14 +64,14 @@ def test_replays_say_what_eager_steps_say(name: str, method: str, batch: int) ->
 
 
 @pytest.mark.parametrize("how", [{}, {"every": 48}, {"eos_token_id": list(range(1, 12)), "pad_token_id": 0}])
-@pytest.mark.parametrize("method", ["full", "adakv", "streamingllm"])
+@pytest.mark.parametrize("method", ["full", "adakv", "streamingllm", *WATCHING])
 def test_generate_says_what_transformers_loop_says(
     method: str, how: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, ids = on_gpu("llama"), prompt(2)
     how = dict(how)
     options = {"every": how.pop("every")} if "every" in how else {}
-    if options and method != "streamingllm":
+    if options and method == "full":
         options = {}
 
     def cache() -> kvthrift.Cache:
@@ -81,6 +82,48 @@ def test_generate_says_what_transformers_loop_says(
         found = kvthrift.generate(model, ids, cache(), max_new_tokens=120, **how)
     assert not caplog.records, "steps were not recorded"
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("method", WATCHING)
+def test_replays_gather_what_eager_steps_gather(method: str, batch: int) -> None:
+    model = on_gpu("llama")
+    cache = kvthrift.prefill(model, prompt(batch), method, budget=50, page=16, every=40)
+    other = cache.fork()
+    tokens = torch.randint(1, VOCABULARY, (batch, 42), device="cuda")
+    wanted = eager(model, other, tokens)
+    steps = GraphSteps(model, cache, 40)
+    found = [steps.step(t).clone() for t in tokens.T[:40]]
+    steps.finish()
+    found += list(eager(model, cache, tokens[:, 40:]).unbind(1))  # compressed first
+    torch.testing.assert_close(torch.stack(found, dim=1), wanted, atol=5e-4, rtol=5e-4)
+    assert cache.state.meter.compressions > 0
+    for mine, theirs in zip(cache.state.layers, other.state.layers, strict=True):
+        assert mine.store is not None
+        assert theirs.store is not None
+        assert (mine.store.lengths == theirs.store.lengths).all()
+        valid = mine.store.valid()
+        assert torch.equal(mine.store.positions()[valid], theirs.store.positions()[valid])
+        for plane in mine.store.pool.planes:
+            one, twin = (x.store.plane(plane)[valid] for x in (mine, theirs))
+            torch.testing.assert_close(one, twin, atol=1e-3, rtol=1e-3)
+        if mine.window is not None and theirs.window is not None:
+            assert torch.equal(mine.window.positions, theirs.window.positions)
+            torch.testing.assert_close(mine.window.queries, theirs.window.queries, atol=1e-3, rtol=1e-3)
+    del other, theirs
+    cache.check_integrity()
+
+
+def test_sums_over_pages_in_few_bits_run_eagerly_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    from kvthrift.integrations.transformers import generate as module
+
+    module._say_why.cache_clear()
+    model, ids = on_gpu("llama", torch.bfloat16), prompt()
+    made = kvthrift.generate(
+        model, ids, kvthrift.Cache(model.config, "h2o", budget=50, every=8, codec="int8"), max_new_tokens=20
+    )
+    assert made.shape[1] == 170
+    assert "few bits" in caplog.text
 
 
 def test_left_padding_and_bf16() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -128,3 +130,124 @@ def test_more_than_one_token_is_refused() -> None:
     with FixedSteps(cache.state, 4), pytest.raises(CacheStateError, match="one token"):
         model(input_ids=torch.ones(1, 2, dtype=torch.long), past_key_values=cache)  # type: ignore[operator]
     assert cache.get_seq_length() == 90
+
+
+WATCHING = {
+    "snapkv": {"budget": 40},
+    "adakv": {"budget": 40},
+    "cake": {"budget": 48},
+    "lava": {"budget": 48},
+    "tova": {"budget": 40},
+    "h2o": {"budget": 40},
+    "kv_compress": {"budget": 48},
+    "expected_attention": {"budget": 40},
+    "keydiff": {"budget": 40},
+}
+
+
+@torch.no_grad()
+def answer(model: Any, cache: kvthrift.Cache, count: int, fixed: bool) -> torch.Tensor:
+    """Tokens ``[B, count]`` from the likeliest on; steps are of fixed room wherever at least three may be taken."""
+    state, batch = cache.state, cache.batch_size
+    token, made = torch.arange(5, 5 + batch), list[torch.Tensor]()
+    while len(made) < count:
+        due = state.until_due
+        room = min(count - len(made), count if due is None else due) if fixed else 0
+        if room < 3:
+            made.append(model(input_ids=token[:, None], past_key_values=cache).logits[:, -1].argmax(-1))
+            token = made[-1]
+            continue
+        with FixedSteps(state, room) as steps:
+            for _ in range(room):
+                at = steps.positions[:, None].clone()
+                out = model(input_ids=token[:, None], position_ids=at, past_key_values=cache)
+                steps.positions.add_(1)
+                steps.taken += 1
+                made.append(out.logits[:, -1].argmax(-1))
+                token = made[-1]
+    return torch.stack(made, dim=1)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("every", [7, 20])
+@pytest.mark.parametrize("method", WATCHING)
+def test_what_is_decoded_is_compressed_as_by_ordinary_steps(method: str, every: int, merge: bool) -> None:
+    """Rings of queries, moments and sums of attention are those that ordinary steps gather, compression included."""
+    if merge and method not in ("snapkv", "h2o", "adakv"):
+        pytest.skip("one of each kind will do")
+    model, ids = tiny("llama"), torch.randint(1, VOCABULARY, (2, 90))
+    options = {**WATCHING[method], "every": every, "page": 16, **({"merge": "fold"} if merge else {})}
+    cache = kvthrift.prefill(model, ids, method, **options)
+    other = cache.fork()
+    assert torch.equal(answer(model, cache, 45, fixed=True), answer(model, other, 45, fixed=False))
+    assert cache.state.meter.compressions > 0
+    assert cache.get_seq_length() == other.get_seq_length() == 135
+    for mine, theirs in zip(cache.state.layers, other.state.layers, strict=True):
+        same_layer(mine, theirs)
+    del other, theirs
+    cache.check_integrity()
+
+
+def same_layer(mine: Any, theirs: Any) -> None:
+    assert mine.since == theirs.since
+    assert np.array_equal(mine.store.lengths, theirs.store.lengths)
+    valid = mine.store.valid()
+    assert torch.equal(mine.store.positions()[valid], theirs.store.positions()[valid])
+    for plane in mine.store.pool.planes:
+        torch.testing.assert_close(
+            mine.store.plane(plane)[valid], theirs.store.plane(plane)[valid], atol=1e-4, rtol=1e-4
+        )
+    assert (mine.window is None) == (theirs.window is None)
+    if mine.window is not None:
+        assert torch.equal(mine.window.positions, theirs.window.positions)
+        torch.testing.assert_close(mine.window.queries, theirs.window.queries, atol=1e-4, rtol=1e-4)
+    if mine.statistics is not None:
+        for part in ("count", "total", "outer"):
+            one, other = (getattr(x.statistics.moments, part) for x in (mine, theirs))
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "h2o", "expected_attention"])
+def test_trial_steps_leave_no_trace_in_what_is_gathered(method: str) -> None:
+    model, ids = tiny("llama"), torch.randint(1, VOCABULARY, (2, 90))
+    cache = kvthrift.prefill(model, ids, method, budget=40, page=16, every=20)
+    other = cache.fork()
+    with FixedSteps(cache.state, 20) as steps, torch.no_grad():
+        assert steps.bytes > 0
+        for _ in range(2):
+            for _ in range(3):
+                at = steps.positions[:, None].clone()
+                model(input_ids=torch.full((2, 1), 7), position_ids=at, past_key_values=cache)
+                steps.positions.add_(1)
+            steps.restart()
+        steps.settle()
+    assert torch.equal(answer(model, cache, 30, fixed=True), answer(model, other, 30, fixed=False))
+    for mine, theirs in zip(cache.state.layers, other.state.layers, strict=True):
+        same_layer(mine, theirs)
+
+
+@pytest.mark.parametrize("method", ["h2o", "snapkv"])
+def test_a_fork_keeps_what_it_observed(method: str) -> None:
+    model, ids = tiny("llama"), torch.randint(1, VOCABULARY, (1, 90))
+    cache = kvthrift.prefill(model, ids, method, budget=40, page=16, every=20)
+    fork, twin = cache.fork(), kvthrift.prefill(model, ids, method, budget=40, page=16, every=20)
+    answer(model, cache, 15, fixed=True)
+    for mine, theirs in zip(fork.state.layers, twin.state.layers, strict=True):
+        same_layer(mine, theirs)
+
+
+def test_room_ends_where_compression_is_due() -> None:
+    model, ids = tiny("llama"), torch.randint(1, VOCABULARY, (1, 90))
+    cache = kvthrift.prefill(model, ids, "snapkv", budget=40, every=8)
+    answer(model, cache, 3, fixed=False)
+    assert cache.state.until_due == 5
+    with pytest.raises(CacheStateError, match="due in 5"):
+        FixedSteps(cache.state, 6)
+    FixedSteps(cache.state, 5)
+
+
+def test_sums_over_pages_in_few_bits_are_left_to_ordinary_steps() -> None:
+    model, ids = tiny("llama"), torch.randint(1, VOCABULARY, (1, 90))
+    cache = kvthrift.prefill(model, ids, "h2o", budget=48, every=8, codec="int8")
+    with pytest.raises(CacheStateError, match="few bits"):
+        FixedSteps(cache.state, 4)

@@ -17,6 +17,7 @@ from kvthrift.runtime.step import Ints
 if TYPE_CHECKING:
     from kvthrift.runtime.layer import LayerCache
     from kvthrift.runtime.state import CacheState
+    from kvthrift.runtime.views import LayerViews
 
 SLACK = 0.25  # of the budget, that may be held above it between layers
 
@@ -41,7 +42,7 @@ class Cascade:
         least = self._least.get(layer.index)
         return there if least is None else np.minimum(there, least).astype(np.int64)
 
-    def go_on(self, state: CacheState, layer: LayerCache, totals: dict[int, Ints], budget: int) -> None:
+    def go_on(self, state: CacheState, layer: LayerViews, totals: dict[int, Ints], budget: int) -> None:
         """Grant the layers before this one what their weights are worth now.
 
         Args:
@@ -56,7 +57,7 @@ class Cascade:
             self._least[x.index] = np.minimum(totals[x.index], self._least.get(x.index, totals[x.index]))
         last = layer.index == state.layer_count - 1
         allowed = SLACK * budget if lazy(state.recipe) and not last else 0.0
-        overdue = {x.index: self._overdue(x) for x in earlier}
+        overdue = {x.index: self._overdue(state, x) for x in earlier}
         left = sum(overdue.values())
         if left > allowed:
             for x in sorted(earlier, key=lambda x: overdue[x.index], reverse=True):
@@ -67,10 +68,7 @@ class Cascade:
         if last:
             self._least.clear()
 
-    def _overdue(self, layer: LayerCache) -> int:
+    def _overdue(self, state: CacheState, layer: LayerCache) -> int:
         """Entries that a layer holds and is not granted any more."""
         store = layer.store
-        if store is None:
-            return 0
-        granted = self._least[layer.index] * store.shape.kv_heads
-        return int((store.lengths.sum(axis=1) - granted).clip(min=0).sum())
+        return 0 if store is None else int(state.byte_pages.overdue(state, store, self._least[layer.index]).sum())

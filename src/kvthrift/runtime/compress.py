@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvthrift.allocate import share_out
+from kvthrift.allocate.paged import PageRoom
 from kvthrift.core import LayerView
 from kvthrift.errors import BudgetError
 from kvthrift.recipe import Recipe
@@ -62,6 +63,28 @@ def check_floor(recipe: Recipe, per_head: Ints | Tensor) -> None:
         )
 
 
+def check_prompt(recipe: Recipe, prompt: Ints, rooms: Ints) -> None:
+    """Refuse a budget that cannot hold a prompt which is to stay.
+
+    Args:
+        recipe: what asks for it.
+        prompt: ``[B]`` tokens of the prompt.
+        rooms: ``[B]`` entries per head that the budget comes to.
+
+    Raises:
+        BudgetError: with both numbers.
+    """
+    if (rooms >= prompt + recipe.protect.recent).all():
+        return
+    row = int((rooms - prompt).argmin())
+    newest = f" and the {recipe.protect.recent} newest entries" if recipe.protect.recent else ""
+    raise BudgetError(
+        f"budget {recipe.budget} gives {rooms[row]} entries a head, but {recipe.name} always keeps the prompt's "
+        f"{prompt[row]} tokens{newest}. Give more, in entries or bytes (a share of what is read is always less), or "
+        "let the prompt compete (prompt=scored, or pinned=false in a recipe)."
+    )
+
+
 def foretell(recipe: Recipe, view: LayerView, per_head: Ints, whole: Bools) -> Foretold | None:
     """How many entries will stay, if the host can tell without a look at scores.
 
@@ -84,10 +107,17 @@ def foretell(recipe: Recipe, view: LayerView, per_head: Ints, whole: Bools) -> F
     return Foretold(int(np.where(whole, rows, np.minimum(per_head * there.shape[1], rows)).sum()))
 
 
-def choose(recipe: Recipe, view: LayerView, scores: Tensor, per_head: Tensor, known: Ints | None = None) -> Tensor:
+def choose(
+    recipe: Recipe,
+    view: LayerView,
+    scores: Tensor,
+    per_head: Tensor,
+    known: Ints | None = None,
+    pages: PageRoom | None = None,
+) -> Tensor:
     """Which entries of a layer stay, ``[B, H, T]`` bool, given its entries per head ``[B]`` or of each ``[B, H]``.
 
-    ``known [B, H]`` are the entries of each head, if they were foretold.
+    ``known [B, H]`` are the entries of each head, if they were foretold; else what ``pages`` grants may round them.
     """
     protected = protected_entries(recipe, view)
     if known is None:
@@ -96,6 +126,10 @@ def choose(recipe: Recipe, view: LayerView, scores: Tensor, per_head: Tensor, kn
             contest = scores.masked_fill(protected, float("inf")).masked_fill(~view.valid, float("-inf"))
             counts = recipe.heads.split(contest, per_head, view)
         counts = torch.minimum(torch.maximum(counts, protected.sum(dim=-1)), view.lengths)
+        if pages is not None:
+            even = recipe.heads.uniform and per_head.ndim == 1
+            asked = counts.cpu().numpy().astype(np.int64)
+            counts = on_device(pages.grant(asked, view.counted, even=even), scores.device)
     else:
         counts = on_device(known, scores.device)
     if recipe.refine is not None:
@@ -148,7 +182,7 @@ def _counts(keep: Tensor, foretold: Foretold | None) -> Ints | Tensor:
 
 
 def layer_totals(
-    weights: list[Tensor], per_head: Ints | Tensor, protected: int, lengths: list[Ints], layers: int
+    weights: list[Tensor], per_head: Ints | Tensor, protected: int, lengths: list[Ints], layers: int, floor: int = 0
 ) -> list[Ints]:
     """Entries per head of every layer weighed so far, when ``layers`` share the room for ``per_head`` each.
 
@@ -158,6 +192,7 @@ def layer_totals(
         protected: entries per head that are always kept.
         lengths: one ``[B]`` for each layer weighed: entries of its longest head.
         layers: compressed layers of the model, weighed or not.
+        floor: entries per head that no layer is given less of, if it has them; at most the mean.
 
     Returns:
         One ``[B]`` for each layer weighed.
@@ -169,4 +204,8 @@ def layer_totals(
         free = max(budget - protected, 0) * layers
         kept = np.minimum(caps[:, b], protected)
         out[:, b] = share_out(free, table[:, b], caps[:, b] - kept) + kept
+        least = np.minimum(caps[:, b], floor)
+        more = (least - out[:, b]).clip(min=0)
+        spare = (out[:, b] - least).clip(min=0)
+        out[:, b] += more - share_out(int(more.sum()), spare.astype(np.float64), spare)
     return list(out)

@@ -48,6 +48,8 @@ def compress_jointly(state: CacheState, facts: Sequence[ModuleFacts]) -> bool:
     with state.meter.compressing(per_head.device):
         scores = [layer.score(state, known) for layer, known in rows]
         state.meter.saw(state.held + sum(t.numel() * t.element_size() for t in scores))
+        stores = [layer.store for layer, _ in rows if layer.store is not None]
+        scores = recipe.layers.agree(scores, [x.positions() for x in stores], [x.valid() for x in stores])
         contests = [_contest(state, layer, found) for (layer, _), found in zip(rows, scores, strict=True)]
         counts = recipe.layers.share(contests, per_head)
         for (layer, known), found, count in zip(rows, scores, counts, strict=True):

@@ -9,7 +9,7 @@ from kvthrift import kernels
 from kvthrift.core import LayerView, Signals
 from kvthrift.runtime.step import Step
 from kvthrift.score.window import smooth
-from kvthrift.store import LayerStore
+from kvthrift.store import Held
 
 COLUMNS = "columns"
 
@@ -54,14 +54,18 @@ def of_pass(observes: Signals, view: LayerView, q: Tensor, lse: Tensor | None, s
     return out
 
 
-def of_step(observes: Signals, store: LayerStore, q: Tensor, step: Step, scale: float) -> dict[str, Tensor]:
-    """What one decode step, its own entry included, adds to each plane."""
-    keys, valid = store.read().keys, store.valid()
+def of_step(observes: Signals, held: Held, q: Tensor, at: Tensor, scale: float) -> dict[str, Tensor]:
+    """What one decode step adds to each plane, ``[B, H, T]`` float32 each.
+
+    Args:
+        held: all entries there are, the step's own included.
+        q: ``[B, HG, 1, D]``; at: ``[B, 1]`` int64 true positions.
+    """
     out: dict[str, Tensor] = {}
     if observes.columns:
-        out[COLUMNS] = kernels.entry_attention(q, keys, valid=valid, scale=scale, bias=store.mass())
+        out[COLUMNS] = kernels.entry_attention(q, held.keys, valid=held.valid, scale=scale, bias=held.mass)
     for wanted in observes.powers:
-        found = kernels.entry_attention(q, keys, valid=valid, scale=scale, bias=store.mass(), power=wanted.power)
-        far = store.positions() <= step.positions[:, :1, None] - wanted.buffer
-        out[wanted.plane] = torch.where(far, found * (q.shape[1] // keys.shape[1]), 0.0)
+        found = kernels.entry_attention(q, held.keys, valid=held.valid, scale=scale, bias=held.mass, power=wanted.power)
+        far = held.positions <= at[:, :, None] - wanted.buffer
+        out[wanted.plane] = torch.where(far, found * (q.shape[1] // held.keys.shape[1]), 0.0)
     return out

@@ -34,6 +34,7 @@ class Step:
         start: ``[B]`` tokens each sequence had before.
         order: ``[B, length]`` columns with the real ones first, or None where all are real.
         columns: ``[B, length]`` bool on the host, which columns are real, or None where all are.
+        at: ``[B, length]`` int64 true positions, where only the device knows them.
         shared: what layers need alike and only the first computes, by name.
     """
 
@@ -43,6 +44,7 @@ class Step:
     order: Tensor | None
     device: torch.device
     columns: Bools | None = None
+    at: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def once(self, name: Any, make: Callable[[], _T]) -> _T:
@@ -60,6 +62,8 @@ class Step:
     @cached_property
     def positions(self) -> Tensor:
         """``[B, length]`` int64 true positions of the packed columns."""
+        if self.at is not None:
+            return self.at
         start = on_device(self.start, self.device)
         return start[:, None] + torch.arange(self.length, device=self.device)
 

@@ -10,13 +10,15 @@ list it; a page handed out is zero, so that reading its unused tail is harmless.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvthrift.errors import CacheStateError
+from kvthrift.errors import CacheStateError, NoRoomError
 from kvthrift.kernels.codes import Coded, Format, groups
 from kvthrift.store.fresh import Pages, on_device
 
@@ -117,24 +119,43 @@ class PagePool:
         """Make room for ``total`` pages, keeping what the first of them hold; only free pages may be cut off."""
         if (self.counts[total:] != 0).any():
             raise CacheStateError(f"pages beyond {total} are still owned, so the pool cannot shrink to that.")
-        kept = min(total, self.total)
-        self.keys = _resized(self.keys, total, kept)
-        self.values = _resized(self.values, total, kept)
-        self.positions = _resized(self.positions, total, kept)
-        self.marks = {name: _resized(mark, total, kept) for name, mark in self.marks.items()}
-        self.planes = {name: _resized(plane, total, kept) for name, plane in self.planes.items()}
+        before, kept = self.total, min(total, self.total)
+        self._exchange(total, lambda t: _resized(t, total, kept), lambda t: t[:before])
         counts = np.zeros(total, dtype=np.int64)
         counts[:kept] = self.counts[:kept]
         self.counts = counts
 
     def widen(self, rows: int, width: int) -> None:
         """Lay pages that stand as ``rows`` equal rows out as rows of ``width`` pages; new ones are zero and owned."""
-        self.keys, self.values, self.positions = (
-            _widened(t, rows, width) for t in (self.keys, self.values, self.positions)
+        before = self.total // rows
+        self._exchange(
+            rows * width,
+            lambda t: _widened(t, rows, width),
+            lambda t: t.view(rows, width, *t.shape[1:])[:, :before].flatten(0, 1),
         )
-        self.marks = {name: _widened(mark, rows, width) for name, mark in self.marks.items()}
-        self.planes = {name: _widened(plane, rows, width) for name, plane in self.planes.items()}
         self.counts = np.ones(rows * width, dtype=np.int64)
+
+    def _exchange(self, total: int, change: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> None:
+        """Lay every tensor out anew, one after the other, or leave all as they were if memory runs out on the way."""
+        places: list[tuple[dict[str, Any], str]] = [(vars(self), name) for name in ("keys", "values", "positions")]
+        places += [(parts, name) for parts in (self.marks, self.planes) for name in parts]
+        for done, (holder, name) in enumerate(places):
+            try:
+                holder[name] = change(holder[name])
+            except (MemoryError, RuntimeError) as error:
+                for changed, which in places[:done]:
+                    changed[which] = back(changed[which])
+                if not _is_lack_of_memory(error):
+                    raise
+                raise NoRoomError(self._lack(total)) from error
+
+    def _lack(self, total: int) -> str:
+        size = sum(int(np.prod(t.shape[1:])) * t.element_size() for t in self.tensors())
+        return (
+            f"out of memory: {total} pages of {self.page} entries take {total * size / 2**20:.1f} MiB of "
+            f"{self.keys.device.type}, beside the {self.bytes / 2**20:.1f} MiB of the {self.total} pages there are "
+            "until those are copied. Free memory, give a smaller budget, or compress while decoding (every=N)."
+        )
 
     def share(self, pages: Pages) -> None:
         """One more owner for each of ``pages``."""
@@ -158,6 +179,11 @@ class PagePool:
         total = int(owned[-1]) + 1 if len(owned) else 0
         if total < self.total:
             self.resize(total)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
 
 
 def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

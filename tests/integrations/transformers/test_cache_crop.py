@@ -41,6 +41,38 @@ def test_cropped_tokens_never_were(method: str, back: int) -> None:
     past.check_integrity()
 
 
+@pytest.mark.parametrize("accepted", [0, 2, 6, 9])
+@pytest.mark.parametrize("method", ["snapkv", "cake", "h2o", "expected_attention", "kv_compress", "keydiff"])
+def test_rejected_candidates_leave_no_trace_in_what_is_observed(method: str, accepted: int) -> None:
+    """Windows, sums and moments are those of the accepted tokens, and so is the compression that follows."""
+    ids, guessed = text(BATCH, PROMPT), text(BATCH, 9, seed=1)
+    past, twin = (kvthrift.Cache(tiny("llama").config, method, budget=40, page=8, every=12) for _ in range(2))
+    read(past, ids)
+    read(twin, ids)
+    read(past, guessed)
+    past.crop(accepted - 9)
+    if accepted:
+        read(twin, guessed[:, :accepted])
+    for mine, theirs in zip(past.state.layers, twin.state.layers, strict=True):
+        assert mine.since == theirs.since == accepted
+        if mine.window is not None and theirs.window is not None:
+            assert torch.equal(mine.window.positions, theirs.window.positions)
+            torch.testing.assert_close(mine.window.queries, theirs.window.queries, atol=1e-5, rtol=1e-5)
+        if mine.statistics is not None:
+            for part in ("count", "total", "outer"):
+                one, other = (getattr(x.statistics.moments, part) for x in (mine, theirs))
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+        valid = mine.store.valid()
+        assert torch.equal(valid, theirs.store.valid())
+        for plane in mine.store.pool.planes:
+            one, other = (x.store.plane(plane)[valid] for x in (mine, theirs))
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    for token in text(BATCH, 15, seed=2).T:
+        torch.testing.assert_close(read(past, token[:, None]), read(twin, token[:, None]), atol=1e-4, rtol=1e-4)
+    assert past.report().entries == twin.report().entries < (PROMPT + 15 + accepted) * 2 * 2 * BATCH
+    past.check_integrity()
+
+
 @pytest.mark.parametrize(
     ("amount", "length"), [(0, PROMPT), (-3, PROMPT - 3), (PROMPT - 3, PROMPT - 3), (PROMPT + 9, PROMPT)]
 )

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.masked import kept
 from tests.models import build, config, text, tiny
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import kvthrift
+from kvthrift.errors import CacheStateError
 
 PROMPT, ANSWER = 80, 24
 ROOMY, TIGHT = PROMPT + ANSWER, 40
@@ -78,16 +78,27 @@ HELP: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("helper", HELP)
-@pytest.mark.parametrize("method", ["snapkv", "h2o", "tova"])
-def test_rejected_candidates_leave_no_trace_in_the_books(method: str, helper: str) -> None:
-    ids, every = text(1, 12).repeat(1, 7), 4
-    past = kvthrift.Cache(tiny("llama").config, method, budget=TIGHT, page=16, every=every)
-    made = generate(tiny("llama"), past, ids, **HELP[helper])
-    assert made.shape == (1, 84 + ANSWER)
-    past.check_integrity()
-    assert all(row.most <= TIGHT + every + 20 for row in past.report().layers)  # 20: most candidates at once
-    for masks in kept(past).values():
-        assert masks.shape[-1] == past.get_seq_length() <= 84 + ANSWER
+def test_candidates_have_no_say_in_what_of_the_prompt_stays(helper: str) -> None:
+    """Transformers' loop reads the first of them with the prompt; ``kvthrift.generate`` does not."""
+    past, ids = cache("llama", TIGHT), text(1, PROMPT)
+    with pytest.raises(CacheStateError, match=r"(?s)be rejected would have a say.*kvthrift\.generate"):
+        generate(tiny("llama"), past, ids, **HELP[helper])
+    assert past.get_seq_length() == 0
+    past.reset()
+    assert generate(tiny("llama"), past, ids).shape == (1, PROMPT + ANSWER)  # without one, nothing is in the way
+
+
+@pytest.mark.parametrize("method", ["full", "snapkv"])
+@pytest.mark.parametrize("helper", HELP)
+def test_what_is_held_already_is_not_read_again(method: str, helper: str) -> None:
+    """Transformers' assisted loop feeds all ids in its first pass, whatever a cache holds."""
+    ids, model = text(1, PROMPT), tiny("llama")
+    past = kvthrift.prefill(model, ids[:, :-5], method, budget=None if method == "full" else TIGHT)
+    with pytest.raises(CacheStateError, match=r"there twice.*kvthrift\.generate"):
+        generate(model, past, ids, **HELP[helper])
+    assert past.get_seq_length() == PROMPT - 5
+    past.crop(0)
+    assert generate(model, past, ids).shape == (1, PROMPT + ANSWER)
 
 
 @pytest.mark.parametrize("method", ["snapkv", "lava"])

@@ -115,7 +115,7 @@ def test_why_steps_are_eager_is_said_once(caplog: pytest.LogCaptureFixture) -> N
     assert "cpu" in said[0]
 
 
-@pytest.mark.parametrize("how", [{"num_beams": 2}, {"num_return_sequences": 2}, {"assistant_model": object()}])
+@pytest.mark.parametrize("how", [{"num_beams": 2}, {"num_return_sequences": 2}, {"custom_generate": print}])
 def test_modes_with_another_loop_are_refused(how: dict[str, Any]) -> None:
     model = tiny("llama")
     with pytest.raises(OptionError, match=r"model\.generate"):
@@ -136,3 +136,108 @@ def test_nothing_to_read_and_no_cache_are_refused() -> None:
         kvthrift.generate(model, prompt, kvthrift.prefill(model, prompt, "snapkv", budget=40), max_new_tokens=3)
     with pytest.raises(OptionError, match="takes a kvthrift"):
         kvthrift.generate(model, prompt, None, max_new_tokens=3)  # type: ignore[arg-type]
+
+
+HELP: dict[str, dict[str, Any]] = {
+    "assistant": {"assistant_model": tiny("llama", "sdpa", seed=3)},
+    "itself": {"assistant_model": tiny("llama", "sdpa")},
+    "prompt lookup": {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1},
+}
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("helper", HELP)
+@pytest.mark.parametrize("method", ["full", "snapkv", "adakv", "h2o", "expected_attention"])
+def test_guesses_change_no_token(method: str, helper: str, hidden: bool) -> None:
+    """Often wrong or always right, they leave the answer, the cache and what a criterion sees as they are."""
+    model, prompt = tiny("llama"), ids(1, 12).repeat(1, 7)
+    cache = cache_of(model, method)
+    if hidden:
+        cache = kvthrift.prefill(model, prompt[:, :-4], method, budget=None if method == "full" else 40)
+    twin = cache.fork() if hidden else cache_of(model, method)
+    how = {"max_new_tokens": 25, "repetition_penalty": 1.2}
+    found = kvthrift.generate(model, prompt, cache, **HELP[helper], **how)
+    assert torch.equal(found, kvthrift.generate(model, prompt, twin, **how))
+    assert cache.get_seq_length() == twin.get_seq_length() == found.shape[1] - 1
+    for mine, theirs in zip(cache.state.layers, twin.state.layers, strict=True):
+        assert mine.store is not None
+        assert theirs.store is not None
+        valid = mine.store.valid()
+        assert torch.equal(valid, theirs.store.valid())
+        assert torch.equal(mine.store.positions()[valid], theirs.store.positions()[valid])
+
+
+def test_guesses_with_sliding_layers() -> None:
+    model, prompt = tiny("gemma3"), ids(1, 12).repeat(1, 7)
+    caches = [cache_of(model) for _ in range(2)]
+    how = {"max_new_tokens": 20}
+    found = kvthrift.generate(model, prompt, caches[0], **HELP["prompt lookup"], **how)
+    assert torch.equal(found, kvthrift.generate(model, prompt, caches[1], **how))
+    more = torch.cat((found, ids(1, 5)), dim=1)
+    again = [kvthrift.generate(model, more, cache, max_new_tokens=6) for cache in caches]
+    assert torch.equal(*again)
+    sizes = [sum(row.bytes for row in cache.report().layers) for cache in caches]
+    assert sizes[0] == sizes[1]
+
+
+def test_guesses_with_recurrent_layers_are_refused() -> None:
+    model = tiny("qwen3_next")
+    with pytest.raises(OptionError, match="layers that cannot go back"):
+        kvthrift.generate(model, ids(), cache_of(model), max_new_tokens=4, **HELP["prompt lookup"])
+
+
+def test_right_guesses_save_passes() -> None:
+    model, prompt, passes = tiny("llama"), ids(), [0, 0]
+    for number, how in enumerate(({}, HELP["itself"])):
+        counted = model.register_forward_hook(lambda *_, n=number: passes.__setitem__(n, passes[n] + 1))
+        kvthrift.generate(model, prompt, cache_of(model, "full"), max_new_tokens=24, **how)
+        counted.remove()
+    assert passes[0] == 24
+    assert passes[1] < 16  # all guesses are right, but an unsure helper stops guessing
+
+
+@pytest.mark.parametrize("helper", HELP)
+@pytest.mark.parametrize("method", ["snapkv", "h2o", "tova"])
+def test_guesses_and_compression_while_decoding(method: str, helper: str) -> None:
+    model, prompt = tiny("llama"), ids(1, 12).repeat(1, 7)
+    cache = cache_of(model, method, every=6, page=16)
+    found = kvthrift.generate(model, prompt, cache, max_new_tokens=30, **HELP[helper])
+    assert found.shape[1] == 84 + 30
+    assert all(row.most <= 40 + 6 + 16 for row in cache.report().layers)
+    cache.check_integrity()
+
+
+def test_an_end_among_guesses_ends_the_answer() -> None:
+    model, prompt = tiny("llama"), ids()
+    plain = kvthrift.generate(model, prompt, cache_of(model, "full"), max_new_tokens=12)
+    end = int(plain[0, LENGTH + 6])
+    how = {"max_new_tokens": 12, "eos_token_id": end, "assistant_model": tiny("llama", "sdpa")}
+    cache = cache_of(model, "full")
+    found = kvthrift.generate(model, prompt, cache, **how)
+    stop = plain[0, LENGTH:].tolist().index(end)
+    assert torch.equal(found, plain[:, : LENGTH + stop + 1])
+    assert cache.get_seq_length() == LENGTH + stop
+
+
+def test_lookup_in_the_generation_config_streams() -> None:
+    class Keep:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.reshape(-1).tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    model, prompt, keep = tiny("llama"), ids(1, 12).repeat(1, 7), Keep()
+    config = GenerationConfig(max_new_tokens=9, prompt_lookup_num_tokens=3, pad_token_id=0)
+    found = kvthrift.generate(model, prompt, cache_of(model), generation_config=config, streamer=keep)
+    assert keep.tokens == [*found[0].tolist(), -1]
+
+
+@pytest.mark.parametrize(("batch", "how"), [(2, {}), (1, {"do_sample": True}), (1, {"return_dict_in_generate": True})])
+def test_what_guesses_cannot_be_had_with_is_refused(batch: int, how: dict[str, Any]) -> None:
+    model = tiny("llama")
+    with pytest.raises(OptionError, match="one sequence, decoded greedily"):
+        kvthrift.generate(model, ids(batch), cache_of(model), max_new_tokens=4, prompt_lookup_num_tokens=3, **how)

@@ -145,6 +145,11 @@ class Cache(HFCache):
             layer.crop(keep - length)
         self.state.crop(max(keep, 0))
 
+    def activate_past_recording(self) -> None:
+        """Be told that tokens of passes to come may be taken back, as assisted decoding does before its first."""
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
+        self.state.guesses = True
+
     def reset(self) -> None:
         """Forget everything; the cache can be filled anew."""
         old = self.state

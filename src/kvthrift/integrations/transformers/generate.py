@@ -22,10 +22,12 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from kvthrift.errors import ContextError, OptionError
+from kvthrift.errors import OptionError
+from kvthrift.integrations.transformers.assisted import AssistedLoop
 from kvthrift.integrations.transformers.cache import Cache
 from kvthrift.integrations.transformers.delimiters import delimiter_ids
 from kvthrift.integrations.transformers.graph import Fusing, GraphSteps, GraphUnavailableError, obstacle
+from kvthrift.integrations.transformers.reading import read_on
 
 _LOG = logging.getLogger("kvthrift")
 _MOST_ROOM = 512  # steps whose pages are taken ahead
@@ -61,13 +63,15 @@ def generate(
         tokenizer: the model's; recipes that look at the text's segments (``sablock``) find its punctuation with it. It
             is handed on to ``model.generate``, too.
         delimiters: ids of tokens that end a segment, instead of those a tokenizer finds.
-        kwargs: as for ``model.generate``.
+        kwargs: as for ``model.generate``. With ``assistant_model=`` or ``prompt_lookup_num_tokens=`` the tokens of one
+            sequence are guessed and checked greedily, at most 15 a pass, kernel by kernel; with ``every=`` compression
+            then waits for the end of a pass.
 
     Returns:
         What ``model.generate`` returns.
 
     Raises:
-        OptionError: beams, assisted decoding or another mode whose loop is not this one.
+        OptionError: beams or another mode whose loop is not this one.
         ContextError: the cache holds all of ``input_ids`` already.
         MissingSignalError: the recipe looks at segments, and neither ``tokenizer`` nor ``delimiters`` is given.
     """
@@ -78,15 +82,20 @@ def generate(
             raise OptionError(
                 f"{name}={kwargs[name]} has a loop of its own: call model.generate, which takes the cache."
             )
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "custom_generate"):
-        if kwargs.get(name) is not None:
-            raise OptionError(f"{name}= has a loop of its own: call model.generate, which takes the cache.")
+    if kwargs.get("custom_generate") is not None:
+        raise OptionError("custom_generate= has a loop of its own: call model.generate, which takes the cache.")
+    assistant, lookup = (kwargs.pop(name, None) for name in ("assistant_model", "prompt_lookup_num_tokens"))
+    config = kwargs.get("generation_config")
+    lookup = lookup or getattr(config, "prompt_lookup_num_tokens", None)
     if delimiters is None and tokenizer is not None and cache.state.observes.segments:
         delimiters = delimiter_ids(tokenizer)
+    loop: Any = _Loop(graph=graph, compiled=compiled, streamer=streamer, delimiters=delimiters)
+    if assistant is not None or lookup is not None:
+        loop = AssistedLoop(assistant, lookup, streamer, delimiters)
     return model.generate(  # type: ignore[operator]
         input_ids,
         past_key_values=cache,
-        custom_generate=_Loop(graph=graph, compiled=compiled, streamer=streamer, delimiters=delimiters),
+        custom_generate=loop,
         streamer=streamer,
         tokenizer=tokenizer,
         **kwargs,
@@ -124,7 +133,7 @@ class _Loop:
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         most = stopping_criteria.max_length or input_ids.shape[1] + _MOST_ROOM
         cache.tell(input_ids, delimiters=self.delimiters, attention_mask=mask)
-        logits = _read(model, input_ids, mask, cache)
+        logits = read_on(model, input_ids, mask, cache)[:, -1]
         kept: tuple[list[Tensor], list[Tensor]] = ([], [])
         try:
             while True:
@@ -166,14 +175,15 @@ class _Loop:
         if self.steps is not None and not self.steps.left:
             self._settle()
         if self.steps is None and self.graph:
-            room = min(left + 1, _MOST_ROOM, _until_due(cache))
+            due = cache.state.until_due
+            room = min(left + 1, _MOST_ROOM, _MOST_ROOM if due is None else due)
             if room >= _WORTH:
                 self._record(model, cache, room)
         if self.steps is not None:
             return self.steps.step(input_ids[:, -1])
         if cache.recipe.trigger.every is not None:
             cache.tell(input_ids, delimiters=self.delimiters, attention_mask=mask)
-        return _read(model, input_ids, mask, cache)
+        return read_on(model, input_ids, mask, cache)[:, -1]
 
     def _record(self, model: PreTrainedModel, cache: Cache, room: int) -> None:
         why = obstacle(model, cache)
@@ -190,31 +200,6 @@ class _Loop:
         if self.steps is not None:
             self.steps.finish()
             self.steps = None
-
-
-def _read(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
-    """Let the model read what the cache does not hold; the last column's logits."""
-    past = cache.get_seq_length()
-    if past >= input_ids.shape[1]:
-        raise ContextError(
-            f"the cache holds {past} tokens, and input_ids has {input_ids.shape[1]}: nothing is left to read. Pass the "
-            "ids of what the cache holds and of what comes behind it."
-        )
-    extra: dict[str, Tensor] = {}
-    if mask is not None:
-        extra["attention_mask"] = mask
-        extra["position_ids"] = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
-    out = model(input_ids=input_ids[:, past:], past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
-    logits: Tensor = out.logits[:, -1]
-    return logits
-
-
-def _until_due(cache: Cache) -> int:
-    """Steps before decoded tokens must be compressed."""
-    every = cache.recipe.trigger.every
-    if every is None:
-        return _MOST_ROOM
-    return every - max((layer.since for layer in cache.state.layers if not layer.whole), default=0)
 
 
 def _pad_token(config: GenerationConfig) -> int:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvthrift.errors import NoRoomError
 from kvthrift.integrations.transformers.cache import Cache, CacheLayer
+from kvthrift.runtime import gather
 from kvthrift.runtime.fixed import FixedSteps
 
 _WARM_UP = 2
@@ -34,10 +36,10 @@ def obstacle(model: PreTrainedModel, cache: Cache) -> str | None:
         return f"layer {foreign} keeps transformers' own cache, which grows by new tensors"
     if len({p.device for p in model.parameters()}) > 1:
         return "the model lies on several devices"
-    if cache.recipe.trigger.every is not None and cache.state.needs != type(cache.state.needs)():
-        return "the recipe looks at decoded tokens while they come (every=)"
     if cache.state.needs.stand_ins:
         return "which heads' outputs stand for which is looked up on the host"
+    if (why := gather.obstacle(cache.state)) is not None:
+        return why
     stores = (layer.store for layer in cache.state.layers)
     return next((why for store in stores if store is not None and (why := store.unfit)), None)
 
@@ -60,7 +62,10 @@ class GraphSteps:
         why = obstacle(model, cache)
         if why is not None:
             raise GraphUnavailableError(why)
-        self.steps = FixedSteps(cache.state, room)
+        try:
+            self.steps = FixedSteps(cache.state, room)
+        except NoRoomError as error:
+            raise GraphUnavailableError(f"no pages for {room} steps could be had: {error}") from error
         self.tokens = torch.zeros(len(self.steps.positions), 1, dtype=torch.long, device=model.device)
         self.cache = cache
         forward: Callable[..., Any] = _fused(model, compiled) if compiled else model

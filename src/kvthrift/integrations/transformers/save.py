@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from kvthrift.core import LayerShape, QueryMoments
 from kvthrift.errors import CacheStateError, KvthriftError, ModelMismatchError, SaveFileError
 from kvthrift.integrations.transformers.cache import Cache, CacheLayer
-from kvthrift.integrations.transformers.facts import attention_modules, weights_fingerprint
+from kvthrift.integrations.transformers.facts import attention_modules, module_facts, weights_fingerprint
 from kvthrift.recipe import Recipe
 from kvthrift.runtime import CacheState, LayerCache
 from kvthrift.runtime.observe import QueryStatistics, QueryWindow
@@ -84,6 +84,7 @@ def load(path: str | Path, model: PreTrainedModel) -> Cache:
     state.columns.length, state.sealed = int(header["length"]), bool(header["sealed"])
     history = tensors.get("history")
     state.columns.history = None if history is None else history.numpy().astype(bool)
+    state.prompt = np.asarray(header["prompt"], dtype=np.int64) if header.get("prompt") else None
     for layer in state.layers:
         mine = {key.partition("/")[2]: t for key, t in tensors.items() if key.startswith(f"{layer.number}/")}
         if mine["keys"].dtype != model.dtype:
@@ -94,6 +95,8 @@ def load(path: str | Path, model: PreTrainedModel) -> Cache:
     for number, front in enumerate(cache.layers):
         if isinstance(front, CacheLayer):
             front.bind(modules[front.place_number])
+            if state.needs.rope and state.recipe.trigger.every is not None and not state.layers[front.place].whole:
+                state.layers[front.place].turn_by(state, module_facts(modules[front.place_number]))
         else:
             _restore_sliding(front, tensors, number, header, model.device)
     return cache
@@ -121,6 +124,7 @@ def _header(cache: Cache) -> dict[str, Any]:
         "length": state.columns.length,
         "page": state.page,
         "sealed": state.sealed,
+        "prompt": None if state.prompt is None else state.prompt.tolist(),
     }
 
 
@@ -192,8 +196,8 @@ def _restore(
     refill(store, on, layer.form(state))
     layer.store, layer.scale, layer.since, layer.group = store, float(sizes[4]), int(sizes[5]), shape.group
     if "window.queries" in on:
-        layer.window = QueryWindow(on["window.queries"].shape[2])
-        layer.window.queries, layer.window.positions = on["window.queries"], on["window.positions"]
+        layer.window = QueryWindow(max(state.observes.window, on["window.queries"].shape[2]))
+        layer.window.hold(on["window.queries"], on["window.positions"])
     if "moments.count" in on:
         layer.statistics = QueryStatistics(0)
         layer.statistics.moments = QueryMoments(on["moments.count"], on["moments.total"], on["moments.outer"])
