@@ -1,15 +1,18 @@
 """What compression inside vLLM is worth on a GPU: a Llama-3.1-8B shape, prompts of 32K random tokens, long answers.
 
-python benchmarks/vllm/gpu.py --out vllm.md                     (two GPUs: stock on one, kvthrift on the other)
+python benchmarks/vllm/gpu.py --out vllm.md                     (two GPUs, two arms at a time)
+python benchmarks/vllm/gpu.py --rounds long,most --long 40960 --answers 1024,2048
 python benchmarks/vllm/gpu.py --arms snapkv --gpus 0 --requests 4 --length 8192
 
 Weights are made up (load_format="dummy"), so that answers mean nothing; steps, blocks and seconds do. Every arm is an
-engine in a process of its own with a time limit, so that one that fails does not lose the others. In each:
+engine in a process of its own with a time limit, so that one that fails does not lose the others. Rounds (--rounds):
 
 - equal: as many requests as all arms can hold, in the whole pool: seconds a step of the answer;
 - crowd: more requests than fit, in a pool of so many blocks as ``--room`` uncompressed requests take (the rest of the
   pool is withheld from the scheduler): how many answer at a time, and output tokens a second, prompts included;
-- long: eight prompts of 40K tokens in a pool of two of them.
+- long: as many requests of ``--long`` tokens, in the whole pool;
+- most: as many requests as an arm holds at a time, in a pool of so many bytes as ``--room`` uncompressed requests take
+  in bfloat16, with answers of ``--answers`` tokens: output tokens a second while all answer, and prompts included.
 """
 
 from __future__ import annotations
@@ -21,15 +24,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-BLOCK = 16
+from rounds import Load, rounds
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -54,144 +53,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "stock fp8": {"kv_cache_dtype": "fp8"},
     "snapkv": {"method": "snapkv"},
     "adakv": {"method": "adakv"},
+    "snapkv fp8": {"method": "snapkv", "kv_cache_dtype": "fp8"},
+    "adakv fp8": {"method": "adakv", "kv_cache_dtype": "fp8"},
     "snapkv eager": {"method": "snapkv", "enforce_eager": True},
     "stock triton": {"attention_backend": "TRITON_ATTN"},
     "adakv triton": {"method": "adakv", "attention_backend": "TRITON_ATTN"},
 }
 
 
-@dataclass(frozen=True)
-class Load:
-    """What is asked of every arm.
-
-    Attributes:
-        length, tokens: of a prompt, and of its answer.
-        requests, crowd, room: at a time, in a crowd, and uncompressed ones that the crowd's pool holds.
-        keep: the share of a prompt that is kept.
-        long: tokens of a long prompt, or 0.
-    """
-
-    length: int
-    tokens: int
-    requests: int
-    crowd: int
-    room: int
-    keep: float
-    long: int
-
-    @property
-    def budget(self) -> int:
-        """Tokens a head."""
-        return int(self.length * self.keep)
-
-    def blocks(self, requests: int, length: int) -> int:
-        """Blocks that uncompressed requests take with their answers, and one for nobody."""
-        return requests * -(-(length + self.tokens) // BLOCK) + 1
-
-
 def say(text: str) -> None:
     print(text, flush=True)
-
-
-def engine(folder: Path, arm: dict[str, Any], load: Load) -> Any:
-    """An engine in this process."""
-    from vllm import LLM
-
-    options, method = dict(arm), arm.get("method")
-    options.pop("method", None)
-    if method:
-        options["additional_config"] = {"kvthrift": {"method": method, "budget": load.budget}}
-    if not options.get("enforce_eager"):
-        options["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32]}
-    return LLM(
-        str(folder),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        max_model_len=max(load.length, load.long) + load.tokens + BLOCK,
-        max_num_seqs=32,
-        max_num_batched_tokens=16384,
-        block_size=BLOCK,
-        gpu_memory_utilization=0.9,
-        enable_prefix_caching=False,
-        seed=0,
-        **options,
-    ).llm_engine
-
-
-class Round:
-    """Requests that are all there at the beginning, until all have ended."""
-
-    def __init__(self, engine: Any, requests: int, length: int, tokens: int) -> None:
-        self.engine, self.requests, self.length, self.tokens = engine, requests, length, tokens
-        self.scheduler = engine.engine_core.engine_core.scheduler
-        self.pool = self.scheduler.kv_cache_manager.block_pool
-        self.withheld = self._taken()
-
-    def run(self, name: str) -> dict[str, Any]:
-        """Seconds and tokens."""
-        import torch
-        from vllm import SamplingParams
-
-        generator = torch.Generator().manual_seed(len(name))
-        sampling = SamplingParams(temperature=0, max_tokens=self.tokens, ignore_eos=True, detokenize=False)
-        for index in range(self.requests):
-            ids = torch.randint(10, 128000, (self.length,), generator=generator).tolist()
-            self.engine.add_request(f"{name}-{index}", {"prompt_token_ids": ids}, sampling)
-        begin, said, log = time.perf_counter(), dict[str, int](), []
-        while self.engine.has_unfinished_requests():
-            for out in self.engine.step():
-                said[out.request_id] = len(out.outputs[0].token_ids)
-            log.append((time.perf_counter() - begin, sum(said.values()), len(said), self._answering(), self._used()))
-        return {**self._read(log), "left": self._used()}
-
-    def _answering(self) -> int:
-        return sum(r.num_computed_tokens > r.num_prompt_tokens for r in self.scheduler.running)
-
-    def _taken(self) -> int:
-        return int(self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks())
-
-    def _used(self) -> int:
-        return self._taken() - self.withheld
-
-    def _read(self, log: list[tuple[float, int, int, int, int]]) -> dict[str, Any]:
-        seconds, tokens, *_ = log[-1]
-        first = next((line for line in log if line[2] == self.requests), log[-1])  # the last prompt is read
-        most = max(line[3] for line in log)
-        steps = sorted(b[0] - a[0] for a, b in pairwise(log) if a[3] == b[3] == most)
-        return {
-            "seconds": seconds,
-            "prompts": first[0],
-            "tokens": tokens,
-            "per_second": tokens / seconds,
-            "answering": most,
-            "used": min(line[4] for line in log if line[3] == most),
-            "step": steps[len(steps) // 2] if steps else None,
-            "steps": len(steps),
-        }
-
-
-@contextmanager
-def withheld(pool: Any, room: int) -> Iterator[None]:
-    """All but ``room`` of a pool's free blocks, taken away and given back."""
-    extra = pool.get_num_free_blocks() - room
-    blocks = pool.get_new_blocks(extra) if extra > 0 else []
-    yield
-    pool.free_blocks(blocks)
-
-
-def rounds(folder: Path, arm: dict[str, Any], load: Load) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each round of an arm, as it ends."""
-    began = time.perf_counter()
-    found = engine(folder, arm, load)
-    pool = Round(found, 0, 0, 0).pool
-    yield "start", {"seconds": time.perf_counter() - began, "blocks": pool.num_gpu_blocks}
-    Round(found, 2, min(load.length, 2 * 16384), 8).run("warm")
-    yield "equal", Round(found, load.requests, load.length, load.tokens).run("equal")
-    with withheld(pool, load.blocks(load.room, load.length)):
-        yield "crowd", Round(found, load.crowd, load.length, load.tokens).run("crowd")
-    if load.long:
-        with withheld(pool, load.blocks(2, load.long)):
-            yield "long", Round(found, 8, load.long, min(load.tokens, 64)).run("long")
 
 
 def work(folder: str, arm: str, load: Load) -> None:
@@ -223,29 +94,52 @@ def start(arm: str, gpu: str, folder: str, load: Load, seconds: int, out: list[d
         say(f"[gpu {gpu}] {arm} ended with {code}:\n" + "\n".join(tail))
 
 
+def number(value: float | None, form: str = ".0f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def usual(one: dict[str, Any]) -> list[str]:
+    """A row of a round in which all arms have as many requests."""
+    step = one["step"]
+    each = (number(1000 * step, ".1f"), number(one["answering"] / step)) if step else ("", "")
+    cells = [one["arm"], str(one["answering"]), f"{one['used']:,}", *each, number(one["per_second"])]
+    return [*cells, number(one["seconds"], ".1f"), number(one["prompts"], ".1f")]
+
+
+USUAL = ["", "answer at a time", "blocks they take", "ms a step then", "tokens/s then"]
+USUAL += ["output tokens/s, prompts included", "seconds", "of them until the last prompt was read"]
+
+
+def largest(one: dict[str, Any]) -> list[str]:
+    """A row of the round in which each has the most that it holds."""
+    step = number(1000 * one["step"], ".1f") if one["step"] else ""
+    cells = [one["arm"], f"{one['requests']}", str(one["answering"]), step, number(one["decoding"])]
+    return [*cells, *(number(found) for found in one["whole"].values()), number(one["prompts"], ".1f")]
+
+
 def table(found: list[dict[str, Any]], load: Load) -> str:
     """Markdown."""
-    lines = []
+    lines: list[str] = []
+    pool = load.blocks(load.room, load.length, load.tokens) + 1
+    marks = [f"with prompts, answers of {mark:,}" for mark in load.answers]
     titles = {
         "equal": f"{load.requests} requests of {load.length:,} tokens, the whole pool",
-        "crowd": f"{load.crowd} requests, a pool of {load.blocks(load.room, load.length):,} blocks",
-        "long": f"8 requests of {load.long:,} tokens, a pool of {load.blocks(2, load.long):,} blocks",
+        "crowd": f"{load.crowd} requests, a pool of {pool:,} blocks",
+        "long": f"{load.requests} requests of {load.long:,} tokens, the whole pool",
+        "most": f"As many requests of {load.length:,} tokens as fit, a pool of the bytes of {load.room} in bfloat16",
     }
     for name, title in titles.items():
         rows = [one for one in found if one["round"] == name]
         if not rows:
             continue
-        lines += [f"\n**{title}**\n", "| | answer at a time | blocks they take | ms a step then | tokens/s then |"]
-        lines[-1] += " output tokens/s, prompts included | seconds | of them until the last prompt was read |"
-        lines += ["|---|---|---|---|---|---|---|---|"]
-        for one in rows:
-            step = one["step"]
-            each = (f"{1000 * step:.1f}", f"{one['answering'] / step:.0f}") if step else ("", "")
-            cells = [one["arm"], one["answering"], f"{one['used']:,}", *each, f"{one['per_second']:.0f}"]
-            cells += [f"{one['seconds']:.1f}", f"{one['prompts']:.1f}"]
-            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-        if any(one["left"] for one in rows):
-            lines.append(f"\nBlocks that never came back: { {one['arm']: one['left'] for one in rows} }")
+        head = ["", "requests", "answer at a time", "ms a step then", "tokens/s while all answer", *marks]
+        head = [*head, "seconds until the last prompt was read"] if name == "most" else USUAL
+        cells = [head, ["---"] * len(head), *(largest(one) if name == "most" else usual(one) for one in rows)]
+        lines += [f"\n**{title}**\n", *("| " + " | ".join(row) + " |" for row in cells)]
+        for what in ("left", "preempted"):
+            if any(one[what] for one in rows):
+                text = {"left": "Blocks that never came back", "preempted": "Requests that were preempted"}[what]
+                lines.append(f"\n{text}: { {one['arm']: one[what] for one in rows} }")
     lines += [f"\n{one['arm']} ended with code {one['code']}." for one in found if one["round"] == "failed"]
     return "\n".join(lines) + "\n"
 
@@ -259,52 +153,51 @@ def about(load: Load) -> str:
     return (
         f"{torch.cuda.get_device_name()}, one an arm; vLLM {vllm.__version__}, torch {torch.__version__}, kvthrift "
         f"{commit.stdout.strip() or 'from a copy'}. Llama-3.1-8B's shape with made-up weights in bfloat16, random "
-        f"prompts, greedy answers of {load.tokens} tokens, no prefix caching; {load.budget:,} tokens a head are kept. "
-        "A step's time is the median over those in which most requests answer.\n"
+        f"prompts, greedy answers of {load.tokens} tokens where no other number is given, no prefix caching; "
+        f"{load.budget:,} tokens a head are kept. A step's time is the median over those in which most requests "
+        "answer. Of an answer that is cut for a column so many tokens are counted, until the last one has them.\n"
     )
 
 
-def lanes(arms: list[str], gpus: list[str]) -> list[list[str]]:
-    """Which arms run one after another on each GPU: stock ones beside compressed ones."""
-    if len(gpus) == 1:
-        return [arms]
-    ours = [arm for arm in arms if ARMS[arm].get("method")]
-    return [ours, [arm for arm in arms if arm not in ours]]
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", default="snapkv,adakv,stock,stock fp8", help="in order; GPUs take turns")
+    parser.add_argument("--gpus", default="0,1")
+    parser.add_argument("--rounds", default="equal,crowd")
+    parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--crowd", type=int, default=16)
+    parser.add_argument("--room", type=int, default=4)
+    parser.add_argument("--keep", type=float, default=0.125)
+    parser.add_argument("--long", type=int, default=40960)
+    parser.add_argument("--answers", default="1024,2048", help="of the largest load")
+    parser.add_argument("--seconds", type=int, default=150, help="time limit of an arm")
+    parser.add_argument("--out", type=Path)
+    for name in ("--work", "--folder", "--load"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", default="snapkv,adakv,stock,stock fp8")
-    parser.add_argument("--gpus", default="0,1")
-    parser.add_argument("--length", type=int, default=32768)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--requests", type=int, default=12)
-    parser.add_argument("--crowd", type=int, default=16)
-    parser.add_argument("--room", type=int, default=3)
-    parser.add_argument("--keep", type=float, default=0.125)
-    parser.add_argument("--long", type=int, default=0, help="tokens of a long prompt, such as 40960")
-    parser.add_argument("--seconds", type=int, default=150, help="time limit of an arm")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--load", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = parse()
     if asked.work:
         work(asked.folder, asked.work, Load(**json.loads(asked.load)))
         return
     names = ("length", "tokens", "requests", "crowd", "room", "keep", "long")
-    load = Load(**{name: getattr(asked, name) for name in names})
+    answers = tuple(int(part) for part in asked.answers.split(","))
+    wanted = tuple(asked.rounds.split(","))
+    load = Load(**{name: getattr(asked, name) for name in names}, answers=answers, rounds=wanted)
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA))
-        gpus = asked.gpus.split(",")
-        threads = []
-        for gpu, arms in zip(gpus, lanes(asked.arms.split(","), gpus), strict=False):
-            threads.append(
-                threading.Thread(
-                    target=lambda g=gpu, a=arms: [start(arm, g, folder, load, asked.seconds, found) for arm in a]
-                )
-            )
+        arms, gpus = asked.arms.split(","), asked.gpus.split(",")
+
+        def lane(number: int) -> None:
+            for arm in arms[number :: len(gpus)]:
+                start(arm, gpus[number], folder, load, asked.seconds, found)
+
+        threads = [threading.Thread(target=lane, args=(number,)) for number in range(len(gpus))]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -5,6 +5,10 @@ python benchmarks/vllm/soak.py --minutes 5 --clients 16 --method snapkv --budget
 Prompts of mixed lengths have a number hidden in them. Each is asked once alone first; where the number was found then,
 it has to be found ever after. Some clients hang up while their prompt is read, some while it is answered. Prints what
 was seen; the exit code is 1 if anything is off.
+
+Where prompts are compressed while they are read (--chunks), what is kept depends on where the parts end. So the same
+parts are read of a prompt whoever else is served (--part tokens; somebody else always is, or vLLM reads more), and the
+number stands all over a prompt, or the queries of a part would not know that it will be asked for.
 """
 
 from __future__ import annotations
@@ -50,12 +54,15 @@ class Seen:
                 self.notes.append(f"{what}: {text}")
 
 
-def prompt(index: int) -> tuple[str, str]:
-    """Text number ``index``, and the number hidden in it."""
+def prompt(index: int, *, often: bool) -> tuple[str, str]:
+    """Text number ``index``, and the number hidden in it once, or ``often``."""
     key = str(7300 + 17 * index)
-    body = FILLER * SENTENCES[index % len(SENTENCES)]
-    cut = len(body) // 2
+    count = SENTENCES[index % len(SENTENCES)]
     needle = f"\nThe special magic number is {key}. Remember it: {key} is the special magic number.\n"
+    body, cut = FILLER * count, len(FILLER) * count // 2
+    if often:
+        needle, cut = needle * 2, 0
+        body = (FILLER * 5 + needle) * (count // 6)
     return (
         f"<|im_start|>user\nDocument {index}. {body[:cut]}{needle}{body[cut:]}\n"
         "What is the special magic number mentioned in the document?<|im_end|>\n"
@@ -85,12 +92,25 @@ def drop_while_read(base: str, text: str, seconds: float) -> None:
         return
 
 
-def live(number: int, base: str, known: list[int], until: float, seen: Seen) -> None:
+def keep_company(base: str, end: threading.Event) -> None:
+    """Ask for long answers until the end."""
+    client = openai.OpenAI(base_url=base, api_key="-", max_retries=0, timeout=STUCK)
+    while not end.is_set():
+        stream = client.completions.create(
+            model="small", prompt="Once", max_tokens=2000, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        for _ in stream:
+            if end.is_set():
+                stream.close()
+                break
+
+
+def live(number: int, base: str, known: list[tuple[str, str]], until: float, seen: Seen) -> None:
     """One client."""
     draw = random.Random(number)
     client = openai.OpenAI(base_url=base, api_key="-", max_retries=0, timeout=STUCK)
     while time.monotonic() < until:
-        text, key = prompt(draw.choice(known))
+        text, key = draw.choice(known)
         began, fate = time.monotonic(), draw.random()
         try:
             if fate < 0.1:
@@ -147,9 +167,16 @@ def start(asked: argparse.Namespace, log: Path) -> tuple[subprocess.Popen[bytes]
     words = [sys.executable, "-m", "kvthrift", "serve", str(embedded_path()), "--method", asked.method]
     words += ["--budget", asked.budget, "--check", *(["--chunks"] if asked.chunks else [])]
     words += ["--every", str(asked.every)] if asked.every else []
+    words += ["--groups", str(asked.groups)] if asked.groups else []
     words += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "small", "--max-model-len", "2304"]
-    words += ["--block-size", "32", "--gpu-memory-utilization", "0.3", "--enforce-eager", "--max-num-seqs", "16"]
-    words += ["--num-gpu-blocks-override", str(asked.blocks), "--max-num-batched-tokens", "512"]
+    words += ["--block-size", "32", "--gpu-memory-utilization", "0.3", "--enforce-eager"]
+    words += ["--max-num-seqs", str(asked.clients + 1)]
+    words += ["--num-gpu-blocks-override", str(asked.blocks), "--kv-cache-dtype", asked.cache]
+    if asked.chunks:
+        words += ["--max-num-batched-tokens", str((asked.clients + 1) * asked.part)]
+        words += ["--long-prefill-token-threshold", str(asked.part)]
+    else:
+        words += ["--max-num-batched-tokens", "512"]
     with log.open("w") as out:
         server = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     return server, f"http://127.0.0.1:{port}/v1"
@@ -181,16 +208,25 @@ def drained(base: str) -> dict[str, float]:
 
 def soak(asked: argparse.Namespace, server: subprocess.Popen[bytes], base: str) -> int:
     """All clients for as long as was asked, then the reckoning."""
-    client = openai.OpenAI(base_url=base, api_key="-", max_retries=0, timeout=STUCK)
-    known = [n for n in range(asked.prompts) if prompt(n)[1] in (ask(client, prompt(n)[0], 12) or "")]
+    client, end = openai.OpenAI(base_url=base, api_key="-", max_retries=0, timeout=STUCK), threading.Event()
+    company = threading.Thread(target=keep_company, args=(base, end), daemon=True)
+    if asked.chunks:
+        company.start()
+    texts = [prompt(n, often=asked.chunks) for n in range(asked.prompts)]
+    known = [(text, key) for text, key in texts if key in (ask(client, text, 12) or "")]
     print(f"alone: {len(known)} of {asked.prompts} numbers found", flush=True)
     seen, before, until = Seen(), resident(server.pid), time.monotonic() + 60 * asked.minutes
     threads = [threading.Thread(target=live, args=(n, base, known, until, seen)) for n in range(asked.clients)]
     for thread in threads:
         thread.start()
+    while time.monotonic() < until and server.poll() is None:
+        time.sleep(min(60, max(1, until - time.monotonic())))
+        left = (until - time.monotonic()) / 60
+        print(f"{left:.0f} minutes left, {resident(server.pid):.0f} MiB: {dict(seen.counts)}", flush=True)
     for thread in threads:
-        thread.join(60 * asked.minutes + STUCK + DRAIN)
+        thread.join(STUCK + DRAIN)
     hanging = sum(thread.is_alive() for thread in threads)
+    end.set()
     alive = server.poll() is None
     last = drained(base) if alive else {}
     total, after = sum(seen.counts.values()), resident(server.pid)
@@ -223,7 +259,10 @@ def main() -> int:
     words.add_argument("--method", default="snapkv")
     words.add_argument("--budget", default="256")
     words.add_argument("--every", type=int, default=32, help="0 for at the end of prompts only")
-    words.add_argument("--chunks", action="store_true")
+    words.add_argument("--chunks", action="store_true", help="compress while prompts are read, too")
+    words.add_argument("--groups", type=int, default=0, help="runs of layers with budgets of their own")
+    words.add_argument("--cache", default="auto", help="dtype of the KV cache, such as fp8")
+    words.add_argument("--part", type=int, default=64, help="tokens of a prompt that a step reads, with --chunks")
     asked = words.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -50,6 +50,7 @@ class Run:
         self.engine = LLM(
             asked.get("model") or str(embedded_path()),
             dtype=asked.get("dtype", "auto"),
+            kv_cache_dtype=asked.get("cache", "auto"),
             max_model_len=asked.get("length", 2048),
             max_num_seqs=16,
             block_size=BLOCK,

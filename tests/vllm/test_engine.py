@@ -58,6 +58,21 @@ def test_exactly_the_planned_blocks_come_back(method: str) -> None:
     assert found["left"] == 0
 
 
+@pytest.mark.parametrize("cache", ["fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("method", COMPRESSED)
+def test_a_cache_in_fp8_gives_back_as_many_blocks(method: str, cache: str) -> None:
+    (stock,), (found,) = (
+        engine(requests=3, tokens=40, cache=cache, **more) for more in ({}, {"kvthrift": asked(method)})
+    )
+    whole = [-(-(n + 40) // BLOCK) for n in found["prompt"]]
+    dropped = [plan(n, n, BLOCK, Policy(entries=256)).dropped for n in found["prompt"]]
+    together = [step for step in found["steps"] if step["decoding"] == 3]
+    assert together
+    assert {step["used"] for step in together} <= {sum(whole) - sum(dropped) - extra for extra in range(7)}
+    assert found["right"] == stock["right"] == [True] * 3
+    assert found["left"] == 0
+
+
 @pytest.mark.parametrize("method", COMPRESSED)
 def test_three_times_as_many_decode_in_a_pool_of_two_and_a_bit(method: str) -> None:
     (stock,), (found,) = engine(requests=8, blocks=131), engine(requests=8, blocks=131, kvthrift=asked(method))

@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 import torch
 from tests.vllm.running import engine, groups
-from tests.vllm.twin import log_probabilities
+from tests.vllm.twin import Record, Rounding, in_fp8, log_probabilities
 
 from kvthrift.integrations.vllm.plan import Policy, plan
 
@@ -27,23 +27,30 @@ ASKED = {
 pytestmark = pytest.mark.timeout(1200)
 
 
-@pytest.mark.parametrize("method", ASKED)
-def test_each_token_sees_exactly_what_its_heads_kept(method: str, tmp_path: Path) -> None:
-    """In float32, and teacher-forced: log p is that of a model that sees what was kept, and no other."""
-    record = str(tmp_path / "record.pt")
-    (found,) = engine(**SHORT, batched=128, dtype="float32", record=record, kvthrift=ASKED[method])
+@pytest.mark.parametrize(
+    ("method", "cache"), [*((method, "auto") for method in ASKED), ("snapkv", "fp8"), ("adakv", "fp8")]
+)
+def test_each_token_sees_exactly_what_its_heads_kept(method: str, cache: str, tmp_path: Path) -> None:
+    """In float32, and teacher-forced: log p is that of a model that sees what was kept, and no other.
+
+    In fp8 tiny differences become one of its steps here and there, so that an engine that keeps everything is off by
+    0.016, too.
+    """
+    record, rounding = str(tmp_path / "record.pt"), in_fp8 if cache == "fp8" else None
+    (found,) = engine(**SHORT, batched=128, dtype="float32", cache=cache, record=record, kvthrift=ASKED[method])
     records: dict[str, Any] = torch.load(record)
     for index in range(SHORT["requests"]):
         mine = next(layers for name, layers in records.items() if name.startswith(f"0-{index}"))
         assert len(mine) == 30
         assert max(len(events) for events in mine.values()) >= 4  # in the prompt and in the answer
-        assert _off(found, index, mine) < 1e-4
-    assert _off(found, 0, {}) > 1e-2  # or the comparison would say nothing
+        kept, everything = (_off(found, index, seen, rounding) for seen in (mine, {}))
+        assert kept < (1e-4 if rounding is None else everything / 3)
+        assert everything > 1e-2  # or the comparison would say nothing
 
 
-def _off(found: dict[str, Any], index: int, record: dict[int, Any]) -> float:
+def _off(found: dict[str, Any], index: int, record: Record, rounding: Rounding | None) -> float:
     """Mean difference of log p."""
-    want = log_probabilities(found["ids"][index], found["tokens"][index], record)
+    want = log_probabilities(found["ids"][index], found["tokens"][index], record, rounding)
     return sum(abs(a - b) for a, b in zip(want, found["logprobs"][index], strict=True)) / len(want)
 
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from kvthrift.cli import options as o
 from kvthrift.cli.choose import choose_recipe
 from kvthrift.integrations.vllm.contract import check_served, installed
-from kvthrift.integrations.vllm.serving import command, outlook, settings_for
+from kvthrift.integrations.vllm.serving import command, flag, outlook, settings_for
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}  # what we do not know is vLLM's
 PROMPTS = (2048, 8192, 32768)
-BLOCK = 16
+BLOCKS = {"cpu": 128, "cuda": 16}  # vLLM's own, where --block-size is not given
 
 
 def serve(
@@ -48,16 +48,17 @@ def serve(
 
     All other flags are vLLM's and are handed on to it (see its own --help).
     """
-    check_served()
+    device = check_served()
     chosen = choose_recipe(name=method, options=option or [], file=recipe, budget=budget, every=every, merge=None)
     asked: dict[str, Any] = {"recipe": chosen.plain()}
     flags = {"chunks": chunks, "groups": groups, "check": check}
     asked |= {key: value for key, value in flags.items() if value}
-    settings = settings_for(model, asked)
+    settings = settings_for(model, asked, flag(context.args, "--kv-cache-dtype") or "auto")
     words = command(model, asked, context.args)
     console = Console(stderr=True)
     console.print(f"[bold]kvthrift[/bold] in vLLM {installed()}: {settings}", soft_wrap=True, highlight=False)
-    block = _block(context.args)
+    given = flag(context.args, "--block-size")
+    block = int(given) if given.isdigit() and int(given) else BLOCKS[device]
     for prompt in PROMPTS:
         whole, kept = outlook(settings, prompt, block)
         more = f"{whole / kept:.1f} times as many decode in the same memory" if kept < whole else "all is kept"
@@ -68,12 +69,3 @@ def serve(
         console.print(shlex.join(words), soft_wrap=True, highlight=False)
         return
     os.execv(words[0], words)
-
-
-def _block(passed: list[str]) -> int:
-    for index, word in enumerate(passed):
-        name, joined, value = word.partition("=")
-        text = value if joined else (passed[index + 1] if index + 1 < len(passed) else "")
-        if name == "--block-size" and text.isdigit() and int(text):
-            return int(text)
-    return BLOCK

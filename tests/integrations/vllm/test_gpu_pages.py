@@ -15,7 +15,7 @@ BLOCKS, HEADS, SIZE, DIM = 6, 3, 4, 5
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_what_is_written_head_by_head_is_what_the_block_holds(layers: int) -> None:
+def test_what_is_moved_head_by_head_is_what_the_block_holds(layers: int) -> None:
     cache = torch.randn(BLOCKS, layers, HEADS, SIZE, 2 * DIM)[:, -1]
     pages, was = Pages(cache), cache.clone()
     assert pages.step == layers * HEADS
@@ -25,15 +25,15 @@ def test_what_is_written_head_by_head_is_what_the_block_holds(layers: int) -> No
         assert torch.equal(keys[head], was[blocks, head, :, :DIM].flatten(0, 1))
         assert torch.equal(values[head], was[blocks, head, :, DIM:].flatten(0, 1))
     target = pages.shared_out(blocks, [3, 1, 2])
-    given = [torch.randn(n * SIZE, DIM) for n in (3, 1, 2)]
-    pages.write(target, given, [-part for part in given])
+    given = [torch.randint(0, 2 * SIZE, (n * SIZE,)) for n in (3, 1, 2)]
+    pages.move(pages.of(blocks), given, target)
     flat = cache[blocks].flatten(0, 1)  # pages in the order of blocks and heads
-    assert torch.equal(flat[..., :DIM].flatten(0, 1), torch.cat(given))
-    assert torch.equal(flat[..., DIM:].flatten(0, 1), -torch.cat(given))
+    for part, found in ((keys, flat[..., :DIM]), (values, flat[..., DIM:])):
+        assert torch.equal(found.flatten(0, 1), torch.cat([part[head][own] for head, own in enumerate(given)]))
     others = [block for block in range(BLOCKS) if block not in blocks.tolist()]
     assert torch.equal(cache[others], was[others])
-    keys, _ = pages.read(target)
-    assert all(torch.equal(one, other) for one, other in zip(keys, given, strict=True))
+    again, _ = pages.read(target)
+    assert all(torch.equal(again[head], keys[head][own]) for head, own in enumerate(given))
 
 
 def test_a_cache_that_was_made_anew_is_noticed() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvthrift.errors import CacheStateError
 from kvthrift.integrations.vllm import gpu_step
 from kvthrift.integrations.vllm.books import Book
+from kvthrift.integrations.vllm.cells import PLAIN, cells_of
 from kvthrift.integrations.vllm.gpu_queries import Queries
 from kvthrift.integrations.vllm.gpu_step import Step, Steps
 from kvthrift.integrations.vllm.plan import Plan, plan
@@ -26,6 +27,12 @@ from kvthrift.integrations.vllm.settings import KEY, Settings, read_settings
 
 HEADS, GROUP, DIM, SIZE, LAYERS, SLOTS, WIDTH, BLOCKS = 2, 2, 8, 4, 2, 4, 60, 150
 SCALE, NAN = 0.5, float("nan")
+FACTOR, NAN_BYTE = torch.tensor(0.25), 0x7F  # of numbers in fp8
+
+
+def in_fp8(x: Tensor) -> Tensor:
+    """The nearest numbers that are ``FACTOR`` times one of fp8's."""
+    return (x / FACTOR).to(torch.float8_e4m3fn).float() * FACTOR
 
 
 def paged(q: Tensor, keys: Tensor, values: Tensor, starts: list[int], tables: Tensor, sizes: list[int]) -> Tensor:
@@ -56,13 +63,15 @@ class Request:
 class Server:
     """Schedules, gives back by the plan, and checks every number that attention finds."""
 
-    def __init__(self, asked: dict[str, Any], *, graphs: bool) -> None:
+    def __init__(self, asked: dict[str, Any], *, graphs: bool, fp8: bool = False) -> None:
         found = read_settings(
             {KEY: {**asked, "check": True}}, layers=LAYERS, kv_heads=HEADS, entry_bytes=4 * DIM, step_tokens=16
         )
         assert found is not None
-        self.settings, self.graphs = found, graphs
-        self.caches = [torch.full((BLOCKS, HEADS, SIZE, 2 * DIM), NAN) for _ in range(LAYERS)]
+        self.settings, self.graphs, self.fp8 = found, graphs, fp8
+        shape, fill, kind = (BLOCKS, HEADS, SIZE, 2 * DIM), NAN_BYTE if fp8 else NAN, torch.uint8 if fp8 else None
+        self.caches = [torch.full(shape, fill, dtype=kind) for _ in range(LAYERS)]
+        cells = cells_of("fp8", FACTOR, FACTOR, torch.float32) if fp8 else PLAIN
         self.free = list(range(1, BLOCKS))
         self.requests: dict[str, Request] = {}
         window = found.recipe.needs.window
@@ -82,6 +91,7 @@ class Server:
             query_heads=HEADS * GROUP,
             queries=queries,
             device=torch.device("cpu"),
+            cells=dict.fromkeys(range(LAYERS), cells),
         )
         self.table = torch.zeros(SLOTS, WIDTH, dtype=torch.int32)  # as a runner's, it stays where it is
         self.lengths = torch.zeros(SLOTS, dtype=torch.int32)
@@ -89,7 +99,8 @@ class Server:
         self.moves = self.replays = 0
 
     def begin(self, name: str, prompt: int) -> None:
-        self.requests[name] = Request(prompt, torch.randn(LAYERS, WIDTH * SIZE, HEADS * (GROUP + 2), DIM))
+        numbers = torch.randn(LAYERS, WIDTH * SIZE, HEADS * (GROUP + 2), DIM)
+        self.requests[name] = Request(prompt, in_fp8(numbers) if self.fp8 else numbers)
 
     def end(self, name: str, *, preempted: bool = False) -> None:
         request = self.requests[name]
@@ -127,7 +138,7 @@ class Server:
         self.moves += sum(entry.dropped > was for entry, was in zip(entries, before, strict=True))
         for block in back:
             for cache in self.caches:
-                cache[block] = NAN
+                cache[block] = NAN_BYTE if self.fp8 else NAN
         step, blocks, sizes = self._made(entries, turn, starts, table, lengths, int(lengths.max()))
         if single and self.graphs:
             step, blocks, sizes = self.captured[count]
@@ -136,7 +147,10 @@ class Server:
             q, want = self._written(layer, rows, news)
             got = self._attended(step, layer, q, starts, blocks, sizes)
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-            step.remember(layer, q, starts[-1])
+            if self.fp8:
+                step.remember(layer, (q / FACTOR).to(torch.float8_e4m3fn), starts[-1], FACTOR)
+            else:
+                step.remember(layer, q, starts[-1])
         for name, request in zip(rows, batch, strict=True):
             request.done += news[name]
 
@@ -156,7 +170,9 @@ class Server:
             new = range(request.done, request.done + news[name])
             q, k, v = request.numbers[layer].split([HEADS * GROUP, HEADS, HEADS], 1)
             for at in new:
-                self.caches[layer][request.blocks[at // SIZE], :, at % SIZE] = torch.cat((k[at], v[at]), -1)
+                cell = torch.cat((k[at], v[at]), -1)
+                cell = (cell / FACTOR).to(torch.float8_e4m3fn).view(torch.uint8) if self.fp8 else cell
+                self.caches[layer][request.blocks[at // SIZE], :, at % SIZE] = cell
                 wanted.append(self._seen(book, q[at], k, v, at))
             asked.append(q[new.start : new.stop])
         return torch.cat(asked), torch.stack(wanted)
@@ -173,17 +189,22 @@ class Server:
     def _attended(self, step: Step, layer: int, q: Tensor, starts: list[int], blocks: Tensor, sizes: Tensor) -> Tensor:
         pages, out = self.steps.pages(layer), torch.full_like(q, NAN)
         if step.heads is None:
-            keys, values = self.caches[layer].transpose(1, 2).split(DIM, -1)
+            keys, values = (self._said(part) for part in self.caches[layer].transpose(1, 2).split(DIM, -1))
             return paged(q, keys, values, starts, blocks, sizes.tolist())
         heads = step.heads
         heads.fill(step.numbers[layer])
-        asked = heads.split(q)
+        asked = heads.split((q / FACTOR).to(torch.float8_e4m3fn)) if self.fp8 else heads.split(q)
         target = heads.target(asked, out)
         longest = heads.sizes.tolist()
         assert max(longest) <= heads.longest
-        target.copy_(paged(asked, pages.keys, pages.values, heads.starts.tolist(), heads.tables, longest))
+        parts = (self._said(part) for part in (asked, pages.keys, pages.values))
+        target.copy_(paged(*parts, heads.starts.tolist(), heads.tables, longest))
         heads.join(target, out)
         return out
+
+    def _said(self, part: Tensor) -> Tensor:
+        """Numbers of what is written."""
+        return part.view(torch.float8_e4m3fn).float() * FACTOR if self.fp8 else part
 
 
 ASKED = {
@@ -217,10 +238,11 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Server]:
     return servers
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("name", ASKED)
-def test_each_head_reads_what_it_kept(name: str, graphs: bool, served: list[Server]) -> None:
-    chance, server = random.Random(len(name)), Server(ASKED[name], graphs=graphs)
+def test_each_head_reads_what_it_kept(name: str, graphs: bool, fp8: bool, served: list[Server]) -> None:
+    chance, server = random.Random(len(name)), Server(ASKED[name], graphs=graphs, fp8=fp8)
     served.append(server)
     free = len(server.free)
     waiting = [("a", 130), ("b", 81), ("c", 60), ("d", 119), ("e", 6)]

@@ -12,7 +12,7 @@ from kvthrift.allocate import BudgetLayers
 from kvthrift.errors import BudgetError, KvthriftError, OptionError, RecipeError, UnsupportedModelError
 from kvthrift.integrations.vllm.contract import check_version
 from kvthrift.integrations.vllm.plan import Policy
-from kvthrift.integrations.vllm.serving import command, outlook
+from kvthrift.integrations.vllm.serving import command, flag, outlook
 from kvthrift.integrations.vllm.settings import Settings, read_settings
 from kvthrift.recipe import Trigger
 
@@ -149,3 +149,17 @@ def test_the_servers_command() -> None:
     for wrong in ('{"kvthrift": {}}', "nonsense", "[1]"):
         with pytest.raises(OptionError):
             command("m", asked, ["--additional-config", wrong])
+
+
+@pytest.mark.parametrize(
+    ("passed", "value"),
+    [
+        (["--port", "1", "--kv-cache-dtype", "fp8"], "fp8"),
+        (["--kv-cache-dtype=fp8_e5m2", "--port", "1"], "fp8_e5m2"),
+        (["--kv-cache-dtype-skip-layers", "0"], ""),
+        (["--kv-cache-dtype"], ""),
+        ([], ""),
+    ],
+)
+def test_a_flag_that_is_handed_on_is_read(passed: list[str], value: str) -> None:
+    assert flag(passed, "--kv-cache-dtype") == value

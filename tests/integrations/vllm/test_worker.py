@@ -111,6 +111,7 @@ def config(device: str = "cuda", **changed: Any) -> Any:
         "use_ubatching": False,
         "async_scheduling": False,
         "cache_dtype": "auto",
+        "kv_cache_dtype_skip_layers": [],
         **changed,
     }
     return SimpleNamespace(
@@ -132,7 +133,9 @@ def config(device: str = "cuda", **changed: Any) -> Any:
         ({"decode_context_parallel_size": 2}, "context parallelism"),
         ({"pipeline_parallel_size": 2}, "pipeline"),
         ({"use_ubatching": True}, "DBO"),
-        ({"cache_dtype": "fp8"}, "dtype fp8"),
+        ({"cache_dtype": "nvfp4"}, "dtype nvfp4"),
+        ({"cache_dtype": "int4_per_token_head"}, "dtype int4"),
+        ({"cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}, "unequal dtypes"),
         ({"prefix": True}, "bidirectional"),
     ],
 )
@@ -141,6 +144,16 @@ def test_what_was_not_shown_to_be_right_is_refused(device: str, changed: dict[st
     _refuse(config(device))
     with pytest.raises(UnsupportedModelError, match=word):
         _refuse(config(device, **changed))
+
+
+@pytest.mark.parametrize(
+    ("device", "other", "name"), [("cpu", "cuda", "fp8_e5m2"), ("cuda", "cpu", "int8_per_token_head")]
+)
+def test_a_cache_dtype_is_served_where_vllm_has_it(device: str, other: str, name: str) -> None:
+    for one in ("fp8", "fp8_e4m3", name):
+        _refuse(config(device, cache_dtype=one))
+    with pytest.raises(UnsupportedModelError, match=f"dtype {name}"):
+        _refuse(config(other, cache_dtype=name))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +182,7 @@ def test_chunks_need_blocks_back_at_once() -> None:
         ({"sinks": torch.ones(2)}, "sinks"),
         ({"kv_sharing_target_layer_name": "other"}, "another layer's"),
         ({"attn_type": "encoder"}, "both sides"),
-        ({"kv_cache_dtype": "fp8"}, "cache in fp8"),
+        ({"kv_cache_dtype": "nvfp4"}, "cache in nvfp4"),
     ],
 )
 def test_attention_that_is_not_plain_is_refused(changed: dict[str, Any], word: str) -> None:
@@ -181,9 +194,10 @@ def test_attention_that_is_not_plain_is_refused(changed: dict[str, Any], word: s
         "attn_type": "decoder",
         "kv_cache_dtype": "auto",
     }
-    refuse_attention(SimpleNamespace(**plain))
+    refuse_attention(SimpleNamespace(**plain), "cpu")
+    refuse_attention(SimpleNamespace(**{**plain, "kv_cache_dtype": "fp8"}), "cuda")
     with pytest.raises(UnsupportedModelError, match=word):
-        refuse_attention(SimpleNamespace(**{**plain, **changed}))
+        refuse_attention(SimpleNamespace(**{**plain, **changed}), "cuda")
 
 
 def test_numbers_of_another_model_are_refused() -> None:

@@ -84,9 +84,13 @@ PRIVATE_GPU: dict[str, tuple[str, ...]] = {
         "softcap",
         "fa_version",
         "num_splits",
+        "q_descale",
+        "k_descale",
+        "v_descale",
     ),
     "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build": _BUILD,
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward": _FORWARD,
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.fused_output_quant_supported": ("quant_key",),
     "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadata": ("num_actual_tokens", "seq_lens"),
     "vllm.v1.attention.ops.triton_unified_attention:unified_attention": (
         *_ATTEND,
@@ -96,6 +100,9 @@ PRIVATE_GPU: dict[str, tuple[str, ...]] = {
         "q_descale",
         "k_descale",
         "v_descale",
+        "kv_quant_mode",
+        "k_scale_cache",
+        "v_scale_cache",
     ),
 }
 

@@ -72,7 +72,7 @@ class KvthriftCPUImpl(CPUAttentionBackendImpl):
 
             watch_layers(Attention)
             if self.sliding_window == -1:
-                worker.refuse_attention(self)
+                worker.refuse_attention(self, "cpu")
         KvthriftCPUBackend.settings = settings
         self.books = Books()
 
@@ -102,7 +102,7 @@ class KvthriftCPUImpl(CPUAttentionBackendImpl):
         for row, line, book in zip(step.rows, step.table, books, strict=False):
             self._follow(settings, query, row, book)
             if row.due:
-                pages = Pages(layer, kv_cache, self.kv_cache_dtype)
+                pages = Pages(layer, kv_cache, self.kv_cache_dtype, query.dtype)
                 self._compact(settings, layer_index(layer.layer_name), pages, line.long(), row.after, book)
         return out
 

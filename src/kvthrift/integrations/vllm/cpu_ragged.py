@@ -54,6 +54,7 @@ def attend(
         sliding_window_size=-1,
         isa=layer.isa,
         enable_kv_split=True,
+        kv_cache_dtype=impl.kv_cache_dtype,
     )
     ops.cpu_attention_with_kv_cache(
         query=asked,
@@ -70,6 +71,9 @@ def attend(
         softcap=0,
         scheduler_metadata=schedule,
         s_aux=None,
+        k_scale=layer._k_scale_float,
+        v_scale=layer._v_scale_float,
+        kv_cache_dtype=impl.kv_cache_dtype,
     )
     output[:tokens].view(tokens * heads, group, dim)[places] = found
     return output

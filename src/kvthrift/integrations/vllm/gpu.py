@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 from kvthrift.errors import UnsupportedModelError
 from kvthrift.integrations.vllm import worker
+from kvthrift.integrations.vllm.cells import Cells, cells_of
 from kvthrift.integrations.vllm.gpu_heads import HeadStep
 from kvthrift.integrations.vllm.gpu_pages import Pages
 from kvthrift.integrations.vllm.gpu_queries import Queries
@@ -54,6 +55,16 @@ def queries_of(
     return _queries[0][1]
 
 
+def query_scale(layer: Any, query: Tensor) -> Tensor | None:
+    """What a layer's queries are multiplied by where vLLM has written them in fp8; None where it has not."""
+    found: Tensor | None = layer._q_scale if query.dtype.itemsize == 1 else None
+    return found
+
+
+def _cells(layer: Any, dtype: torch.dtype) -> Cells:
+    return cells_of(layer.impl.kv_cache_dtype, layer._k_scale, layer._v_scale, dtype)
+
+
 class Builder(_Builder):
     """Metadata over persistent buffers, in which compressed rows look like shorter requests."""
 
@@ -89,6 +100,7 @@ class Builder(_Builder):
             query_heads=impl.num_heads,
             queries=queries_of(vllm_config, settings, impl.num_heads, impl.head_size, device),
             device=device,
+            cells={n: _cells(context[name], vllm_config.model_config.dtype) for n, name in names.items()},
         )
         self._late = bool(vllm_config.scheduler_config.async_scheduling)
         worker.say_once(settings, block)
@@ -159,13 +171,14 @@ class Impl(_Impl):
         settings = None if config is None else worker.settings_of(config)
         self._layers: dict[str, int] = {}
         self._pages: Pages | None = None
+        self._ours = settings is not None
         if settings is None:
             return
         from vllm.model_executor.layers.attention import Attention
 
         give_specs(Attention, _give)
         if self.sliding_window == (-1, -1):
-            worker.refuse_attention(self)
+            worker.refuse_attention(self, "cuda")
             queries_of(config, settings, self.num_heads, self.head_size)
 
     def forward(
@@ -189,8 +202,13 @@ class Impl(_Impl):
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         else:
             self._apart(step, step.heads, layer, query, kv_cache, attn_metadata, output)
-        step.remember(self._index(layer), query, attn_metadata.num_actual_tokens)
+        scale = query_scale(layer, query)
+        step.remember(self._index(layer), query, attn_metadata.num_actual_tokens, scale)
         return output
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Never where something is compressed: heads of unequal lengths write numbers as they are."""
+        return not self._ours and bool(super().fused_output_quant_supported(quant_key))
 
     def _index(self, layer: Any) -> int:
         name = layer.layer_name
@@ -203,7 +221,7 @@ class Impl(_Impl):
     ) -> None:
         """Attention of every head by itself."""
         if self._pages is None or not self._pages.of_cache(cache):
-            self._pages = Pages(cache)
+            self._pages = Pages(cache, _cells(layer, output.dtype))
         heads.fill(step.numbers[self._index(layer)])
         asked = heads.split(query)
         found = heads.target(asked, output)

@@ -44,7 +44,13 @@ class KvthriftFlashImpl(gpu.Impl, FlashAttentionImpl):
             softcap=0.0,
             fa_version=self.vllm_flash_attn_version,
             num_splits=metadata.max_num_splits if len(heads.sizes) <= _SPLIT else 1,
+            **({} if gpu.query_scale(layer, asked) is None else _factors(layer, len(heads.sizes))),
         )
+
+
+def _factors(layer: Any, sequences: int) -> dict[str, Tensor]:
+    """What queries, keys and values in fp8 are multiplied by."""
+    return {f"{name}_descale": getattr(layer, f"_{name}_scale").expand(sequences, 1) for name in "qkv"}
 
 
 class KvthriftFlashBackend(gpu.Backend, FlashAttentionBackend):

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvthrift.integrations.vllm.cells import pick
 from kvthrift.integrations.vllm.gpu_ledger import Entry
 from kvthrift.kernels.head_tables import Kept, head_tables
 from kvthrift.store import on_device
@@ -95,11 +96,13 @@ class HeadStep:
     def split(self, query: Tensor) -> Tensor:
         """Queries ``[>= T, HG, D]`` as ``[T * H, G, D]``, sequence by sequence."""
         heads = query[: self.tokens].reshape(self.tokens * self.store.heads, -1, query.shape[-1])
-        return heads if self.places is None else heads.index_select(0, self.places)
+        return heads if self.places is None else pick(heads, self.places)
 
     def target(self, asked: Tensor, output: Tensor) -> Tensor:
         """Where a kernel writes what it found for those; in ``output [>= T, HG, D]`` itself if it can."""
-        return output[: self.tokens].view(asked.shape) if self.places is None else torch.empty_like(asked)
+        if self.places is None:
+            return output[: self.tokens].view(asked.shape)
+        return torch.empty_like(asked, dtype=output.dtype)
 
     def join(self, found: Tensor, output: Tensor) -> None:
         """Write what was found to ``output [>= T, HG, D]``."""

@@ -6,7 +6,7 @@ vLLM class: metadata and configs are taken as they come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvthrift.integrations.vllm import worker
+from kvthrift.integrations.vllm.cells import PLAIN, Cells, pick, shown
 from kvthrift.integrations.vllm.gpu_heads import HeadStep, Store, query_places
 from kvthrift.integrations.vllm.gpu_ledger import Entry, Ledger, Turn
 from kvthrift.integrations.vllm.gpu_pages import Pages
@@ -46,19 +47,28 @@ class Step:
     tokens: Tensor | None = None
     heads: HeadStep | None = None
 
-    def remember(self, layer: int, query: Tensor, tokens: int) -> None:
-        """Keep of the queries ``[>= tokens, HG, D]`` of a layer what will be asked for."""
+    def remember(self, layer: int, query: Tensor, tokens: int, scale: Tensor | None = None) -> None:
+        """Keep of the queries ``[>= tokens, HG, D]`` of a layer what will be asked for.
+
+        Args:
+            layer: index in the model.
+            query: of the step.
+            tokens: those that are none of its padding.
+            scale: what queries are multiplied by that were written in a byte; None for others.
+        """
         if self.queries is None:
             return
+        kind = self.queries.last.dtype
         if self.turn is None:
-            self.queries.keep(layer, query[:tokens])
+            self.queries.keep(layer, shown(query[:tokens], scale, kind))
             return
         for note in self.turn.notes:
             book = note.entry.books[self.numbers[layer]]
-            book.see(query[note.first : note.last], note.keep)
+            newest = query[max(note.first, note.last - note.keep) : note.last]
+            book.see(shown(newest, scale, kind), note.keep)
             book.seen = note.entry.seen
         if self.rows is not None and self.tokens is not None:
-            self.queries.keep_rows(layer, self.rows, query.index_select(0, self.tokens))
+            self.queries.keep_rows(layer, self.rows, shown(pick(query, self.tokens), scale, kind))
 
 
 class Steps:
@@ -75,6 +85,7 @@ class Steps:
         length: tokens of the longest request.
         query_heads: HG.
         queries: where graphs leave them.
+        cells: of layers whose caches are written in fewer bits.
     """
 
     def __init__(
@@ -91,12 +102,13 @@ class Steps:
         query_heads: int,
         queries: Queries | None,
         device: torch.device,
+        cells: Mapping[int, Cells] | None = None,
     ) -> None:
         self.settings, self.policy, self.block, self.device = settings, policy, block, device
         self._caches, self._scale, self._heads, self._slots, self._length = caches, scale, query_heads, slots, length
         window = settings.recipe.needs.window
         self.ledger = Ledger(policy, layers, block=block, slots=slots, window=window, queries=queries)
-        self._queries = queries
+        self._queries, self._cells = queries, cells or {}
         self._numbers = {layer: number for number, layer in enumerate(layers)}
         self._pages: dict[int, Pages] = {}
         self._store: Store | None = None
@@ -141,7 +153,7 @@ class Steps:
             pages = self.pages(layer)
             queries = ledger.queries(entry, number, found.at)
             if queries is None:
-                queries = pages.keys.new_empty(0, self._heads, pages.keys.shape[-1])
+                queries = pages.no_queries(self._heads)
             compact(self.settings, pages, own, found, book, queries, layer=layer, scale=self._scale)
             if self.ragged:
                 widest = max(widest, self.store(pages).put(number, entry))
@@ -154,7 +166,7 @@ class Steps:
         cache = self._caches(layer)
         known = self._pages.get(layer)
         if known is None or not known.of_cache(cache):
-            known = self._pages[layer] = Pages(cache)
+            known = self._pages[layer] = Pages(cache, self._cells.get(layer, PLAIN))
         return known
 
     def store(self, pages: Pages) -> Store:

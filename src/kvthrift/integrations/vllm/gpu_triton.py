@@ -47,10 +47,17 @@ class KvthriftTritonImpl(gpu.Impl, TritonAttentionImpl):
             window_size=(-1, -1),
             block_table=heads.tables,
             softcap=0.0,
-            q_descale=None,
-            k_descale=layer._k_scale.expand(len(heads.sizes), 1),
-            v_descale=layer._v_scale.expand(len(heads.sizes), 1),
+            kv_quant_mode=self._kv_quant_mode,
+            **self._factors(pages, layer, asked, len(heads.sizes)),
         )
+
+    def _factors(self, pages: Pages, layer: Any, asked: Tensor, sequences: int) -> dict[str, Tensor | None]:
+        """What queries, keys and values are multiplied by."""
+        if self._is_per_token_head_quant:
+            none = dict.fromkeys(("q_descale", "k_descale", "v_descale"))
+            return {**none, **dict(zip(("k_scale_cache", "v_scale_cache"), pages.scales(), strict=True))}
+        found = {f"{name}_descale": getattr(layer, f"_{name}_scale").expand(sequences, 1) for name in "kv"}
+        return {**found, "q_descale": gpu.query_scale(layer, asked)}
 
 
 class KvthriftTritonBackend(gpu.Backend, TritonAttentionBackend):

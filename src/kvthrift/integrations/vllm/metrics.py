@@ -13,6 +13,7 @@ from prometheus_client import Counter
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from kvthrift.errors import UnsupportedModelError
+from kvthrift.integrations.vllm.cells import cell_bytes
 from kvthrift.integrations.vllm.contract import check_served
 from kvthrift.integrations.vllm.freed import Freed, freed_by
 from kvthrift.integrations.vllm.settings import Settings
@@ -57,8 +58,9 @@ class KvthriftStats(AggregateStatLoggerBase):
                 self._counters[name].labels(*labels).inc(amount)
 
     def _freed(self, settings: Settings, prompt: int, generated: int) -> Freed:
-        model, block = self._config.model_config, self._config.cache_config.block_size
-        size = 2 * model.get_head_size() * model.get_total_num_kv_heads() * block * model.dtype.itemsize
+        model, cache = self._config.model_config, self._config.cache_config
+        block, cell = cache.block_size, cell_bytes(cache.cache_dtype, model.get_head_size(), model.dtype)
+        size = 2 * cell * model.get_total_num_kv_heads() * block
         return freed_by(settings.policies, prompt, generated, block=block, block_bytes=size)
 
     def log_engine_initialized(self) -> None:

@@ -36,8 +36,14 @@ class HeadPages(Protocol):
     def read(self, pages: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values ``[n, D]`` in the pages of each head, in order."""
 
-    def write(self, pages: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Fill the pages of each head with its tokens ``[n, D]``."""
+    def move(self, pages: Sequence[Tensor], kept: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+        """Fill the ``target`` pages of each head with some of what is in its ``pages``, bit by bit.
+
+        Args:
+            pages: of each head.
+            kept: ``[n_h]`` the places of its tokens in them, in order.
+            target: of each head, with room for exactly as many; they may be among ``pages``.
+        """
 
 
 def compact(
@@ -66,7 +72,8 @@ def compact(
     recipe, size, heads = settings.recipe, pages.size, pages.heads
     behind = own[book.full : -(-found.at // size)]
     before = book.pages or pages.of(own[book.dropped : book.full])
-    keys, values = pages.read([torch.cat(both) for both in zip(before, pages.of(behind), strict=True)])
+    source = [torch.cat(both) for both in zip(before, pages.of(behind), strict=True)]
+    keys, values = pages.read(source)
     positions = book.positions_of(heads, size, found.at, own.device)
     lengths = [len(head) for head in positions]
     keys, values = ([head[:n] for head, n in zip(part, lengths, strict=True)] for part in (keys, values))
@@ -84,7 +91,7 @@ def compact(
     there = own[found.dropped : found.full]
     counts = [len(head) // size for head in kept]
     target = pages.of(there) if recipe.heads.uniform else pages.shared_out(there, counts)
-    pages.write(target, *([part[h][kept[h]] for h in range(heads)] for part in (keys, values)))
+    pages.move(source, kept, target)
     book.full, book.dropped = found.full, found.dropped
     book.pages = [] if recipe.heads.uniform else target
     if settings.follows or settings.check:

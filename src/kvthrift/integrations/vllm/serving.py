@@ -7,15 +7,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from kvthrift.errors import ModelError, OptionError
+from kvthrift.integrations.vllm.cells import cell_bytes
 from kvthrift.integrations.vllm.plan import plan
 from kvthrift.integrations.vllm.settings import KEY, Settings, read_settings
 
 SERVER = "vllm.entrypoints.openai.api_server"
 _EXTRA = "--additional-config"
-_CACHE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 
 
 def command(model: str, asked: dict[str, Any], passed: Sequence[str]) -> list[str]:
@@ -53,8 +55,22 @@ def _without_extra(words: list[str]) -> tuple[list[str], dict[str, Any]]:
     return words, {}
 
 
-def settings_for(model: str, asked: dict[str, Any]) -> Settings:
+def flag(passed: Sequence[str], name: str) -> str:
+    """The value of one of the flags for vLLM; nothing if it is not given."""
+    for index, word in enumerate(passed):
+        given, joined, value = word.partition("=")
+        if given == name:
+            return value if joined else (passed[index + 1] if index + 1 < len(passed) else "")
+    return ""
+
+
+def settings_for(model: str, asked: dict[str, Any], cache: str = "auto") -> Settings:
     """What the server will be asked for, read before it is started.
+
+    Args:
+        model: as vLLM takes it.
+        asked: the object for ``additional_config["kvthrift"]``.
+        cache: the dtype of the KV cache, by vLLM's name.
 
     Raises:
         ModelError: the model's config cannot be read.
@@ -71,7 +87,7 @@ def settings_for(model: str, asked: dict[str, Any]) -> Settings:
         {KEY: asked},
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        entry_bytes=2 * width * _CACHE_BYTES.get(dtype, 2),
+        entry_bytes=2 * cell_bytes(cache, width, _DTYPES.get(dtype, torch.bfloat16)),
     )
     assert found is not None
     return found

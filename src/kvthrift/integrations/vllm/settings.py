@@ -131,6 +131,7 @@ def refuse(recipe: Recipe, *, chunks: bool = False) -> None:
         "folds entries, and vLLM's kernels take no logit bias": recipe.merge.biased or recipe.merge.name != "evict",
         "never compresses (prompt=false without every=)": not trigger.prompt and trigger.every is None,
         "leaves prompts whole (prompt=false), which chunks would not": not trigger.prompt and chunks,
+        "counts decoded tokens of all requests together (trigger)": trigger.together,
         "keeps the same tokens in all heads (unit), which holds for one compression only": recipe.unit.shared
         and (chunks or trigger.every is not None),
         "shares room over the heads of all layers, which each give back as many blocks": recipe.heads.modelwide,

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from kvthrift.errors import CacheStateError, ModelMismatchError, UnsupportedModelError
 from kvthrift.integrations.transformers.facts import config_fingerprint
+from kvthrift.integrations.vllm.cells import SERVED, cell_bytes
 from kvthrift.integrations.vllm.plan import Plan, Policy, plan, untouched
 from kvthrift.integrations.vllm.runner import Rows
 from kvthrift.integrations.vllm.settings import KEY, Settings, read_settings
 
-CACHE_TYPES = ("auto", "bfloat16", "float16", "float32")
 _known: list[tuple[Any, Settings | None]] = []  # the newest config, and what it asks for
 
 
@@ -74,7 +74,7 @@ def _read(config: Any) -> Settings | None:
         extra,
         layers=model.get_num_layers(parallel),
         kv_heads=model.get_total_num_kv_heads(),
-        entry_bytes=2 * model.get_head_size() * torch.empty((), dtype=model.dtype).element_size(),
+        entry_bytes=2 * cell_bytes(config.cache_config.cache_dtype, model.get_head_size(), model.dtype),
         step_tokens=config.scheduler_config.max_num_batched_tokens,
     )
     if found is not None:
@@ -103,7 +103,8 @@ def _refuse(config: Any) -> None:
     Raises:
         UnsupportedModelError: with the names of what is on.
     """
-    parallel, cpu = config.parallel_config, config.device_config.device_type == "cpu"
+    parallel, cache, device = config.parallel_config, config.cache_config, config.device_config.device_type
+    cpu = device == "cpu"
     reasons = {
         "a KV connector (offload or disaggregation)": config.kv_transfer_config is not None,
         "speculative decoding": config.speculative_config is not None,
@@ -116,7 +117,8 @@ def _refuse(config: Any) -> None:
         "two batches at a time (DBO)": bool(getattr(parallel, "use_ubatching", False)),
         "asynchronous scheduling on a CPU": cpu and bool(config.scheduler_config.async_scheduling),
         "bidirectional prefixes": bool(getattr(config.model_config, "is_mm_prefix_lm", False)),
-        f"the KV cache dtype {config.cache_config.cache_dtype}": config.cache_config.cache_dtype not in CACHE_TYPES,
+        f"the KV cache dtype {cache.cache_dtype}": cache.cache_dtype not in SERVED.get(device, ()),
+        "layers with KV caches of unequal dtypes": bool(getattr(cache, "kv_cache_dtype_skip_layers", ())),
     }
     found = [reason for reason, true in reasons.items() if true]
     if found:
@@ -139,11 +141,12 @@ def refuse_together(settings: Settings, config: Any) -> None:
         )
 
 
-def refuse_attention(impl: Any) -> None:
+def refuse_attention(impl: Any, device: str) -> None:
     """Refuse a layer whose attention is not plain: neither scores nor the kernel's unequal heads know of that.
 
     Args:
         impl: vLLM's implementation of the layer.
+        device: vLLM's name of what it runs on.
 
     Raises:
         UnsupportedModelError: with what it has.
@@ -154,7 +157,7 @@ def refuse_attention(impl: Any) -> None:
         "learned sinks": impl.sinks,
         "another layer's cache": impl.kv_sharing_target_layer_name,
         "attention to both sides or to an encoder": impl.attn_type != "decoder",
-        f"a cache in {impl.kv_cache_dtype}": impl.kv_cache_dtype not in CACHE_TYPES,
+        f"a cache in {impl.kv_cache_dtype}": impl.kv_cache_dtype not in SERVED[device],
     }
     found = [name for name, value in has.items() if value is not None and (isinstance(value, Tensor) or value)]
     if found:
