@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvthrift.core import LayerView, Signals
-from kvthrift.errors import CalibrationError, ModelMismatchError
 from kvthrift.part import require
 from kvthrift.score.base import Scorer
-from kvthrift.score.surrogate import EXTRA, LOWEST, features, unpack
+from kvthrift.score.surrogate import EXTRA, LOWEST, features, of_layer, unpack
 
 _BLOCK = 4096  # entries whose features are held at a time
 
@@ -61,15 +60,8 @@ class NetworkSurrogate(Scorer, name="network"):
 
     def _mine(self, view: LayerView) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This layer's ``[H, F, M]``, ``[H, 1, M]``, ``[H, M, 1]`` and ``[H, 1]``."""
-        if not self.weights:
-            raise CalibrationError("a network without weights foretells nothing. Give a calibration.")
-        number = view.numbers[view.layer] if view.numbers else view.layer
-        table, m = unpack(self.weights, self.layers, self.heads), self.width
-        heads, size = view.keys.shape[1], view.keys.shape[-1] + view.values.shape[-1] + EXTRA
-        if number >= self.layers or heads != self.heads or table.shape[-1] != size * m + 2 * m + 1:
-            raise ModelMismatchError(
-                f"this network is for {self.layers} layers of {self.heads} KV heads and {table.shape[-1]} weights, but "
-                f"layer {number} has {heads} heads that take {size * m + 2 * m + 1}. Calibrate for this model."
-            )
-        w1, b1, w2, b2 = torch.split(table[number].to(view.keys.device), [size * m, m, m, 1], dim=-1)
+        heads, m = view.keys.shape[1], self.width
+        size = view.keys.shape[-1] + view.values.shape[-1] + EXTRA
+        mine = of_layer(view, self.weights, self.layers, self.heads, size * m + 2 * m + 1)
+        w1, b1, w2, b2 = torch.split(mine, [size * m, m, m, 1], dim=-1)
         return w1.view(heads, size, m), b1[:, None], w2[..., None], b2

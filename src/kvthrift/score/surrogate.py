@@ -48,6 +48,25 @@ def unpack(text: str, layers: int, heads: int) -> Tensor:
     return found
 
 
+def of_layer(view: LayerView, weights: str, layers: int, heads: int, each: int) -> Tensor:
+    """This layer's part ``[H, each]`` of packed weights ``[layers, heads, each]``.
+
+    Raises:
+        CalibrationError: there are none.
+        ModelMismatchError: they are of other sizes.
+    """
+    if not weights:
+        raise CalibrationError("a surrogate without weights foretells nothing. Give a calibration.")
+    number, there = view.numbers[view.layer] if view.numbers else view.layer, view.keys.shape[1]
+    table = unpack(weights, layers, heads)
+    if number >= layers or there != heads or table.shape[-1] != each:
+        raise ModelMismatchError(
+            f"these weights are for {layers} layers of {heads} KV heads and {table.shape[-1]} weights a head, but "
+            f"layer {number} has {there} heads that take {each}. Calibrate for this model."
+        )
+    return table[number].to(view.keys.device)
+
+
 @dataclass(frozen=True)
 class LinearSurrogate(Scorer, name="surrogate"):
     """exp of a linear map of each entry's pre-RoPE key, value, and their norms, its own for every head (2601.07891).
@@ -79,17 +98,8 @@ class LinearSurrogate(Scorer, name="surrogate"):
     def score(self, view: LayerView) -> Tensor:
         if view.rope is None:
             raise ValueError("the runtime did not gather the rotary embedding that was declared")
-        if not self.weights:
-            raise CalibrationError("a surrogate without weights foretells nothing. Give a calibration.")
-        number = view.numbers[view.layer] if view.numbers else view.layer
-        table = unpack(self.weights, self.layers, self.heads)
-        heads, sizes = view.keys.shape[1], view.keys.shape[-1] + view.values.shape[-1] + EXTRA
-        if number >= self.layers or heads != self.heads or table.shape[-1] != sizes:
-            raise ModelMismatchError(
-                f"these weights are for {self.layers} layers of {self.heads} KV heads and {table.shape[-1]} features, "
-                f"but layer {number} has {heads} heads and {sizes} features. Calibrate for this model."
-            )
-        mine = table[number].to(view.keys.device)  # [H, F]
+        size = view.keys.shape[-1] + view.values.shape[-1] + EXTRA
+        mine = of_layer(view, self.weights, self.layers, self.heads, size)  # [H, F]
         keys = view.rope.rotate(view.keys, -view.positions)
         log = torch.einsum("bhtf,hf->bht", features(keys, view.values), mine)
         return log.clamp(min=LOWEST, max=-LOWEST).exp().masked_fill(~view.valid, 0.0)
