@@ -110,15 +110,13 @@ def coded_layer_of(form: Format, lengths: Tensor, page: int = PAGE) -> tuple[Ten
     queries, dense = layer_of(lengths, page)
     total = len(dense.keys)
     keys, values = (
-        torch.empty(total, rows, DIM * page // form.together // rows, dtype=torch.uint8, device="cuda")
+        torch.empty(total, rows, DIM * page // form.together // rows, dtype=form.unit, device="cuda")
         for rows in (page, DIM // form.together)
     )
-    marks = {
-        f"{name}_{mark}": torch.empty(total, *sizes, dtype=torch.float16, device="cuda")
-        for mark in ("scale", "middle")[: form.marks]
-        for name, sizes in (("key", (DIM,)), ("value", (1, page)))
-    }
-    coded, index = Coded(form, keys, values, **marks), torch.arange(total, device="cuda")
+    marks = [
+        torch.empty(total, form.marks, *sizes, dtype=torch.float16, device="cuda") for sizes in ((DIM,), (1, page))
+    ]
+    coded, index = Coded(form, keys, values, *marks), torch.arange(total, device="cuda")
     assert write_keys(coded, index, dense.keys)
     assert write_values(coded, index, dense.values)
     tails = [torch.randn(lengths.numel(), page, DIM, device="cuda").bfloat16() for _ in range(2)]
@@ -153,7 +151,7 @@ def coded_us(
     made = [coded_layer_of(form, lengths, page) for _ in range(max(2, min(96, -(-SPACE // size))))]
     even, found = bool((lengths == lengths[0, 0]).all()), {}
     for programs, warps, stages in settings:
-        plan = plan_read(rows, pages, GROUP, DIM, torch.device("cuda"), even=even, programs=programs)
+        plan = plan_read(rows, pages, GROUP, DIM, torch.device("cuda"), even=even, coded=True, programs=programs)
         chosen = {"stages": stages} if stages else {}
         call = partial(read_coded.read, scale=SCALE, plan=plan, warps=warps, **chosen)
         try:

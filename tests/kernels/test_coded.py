@@ -31,14 +31,12 @@ INTEGERS = [form for form in FORMS.values() if not form.floating]
 
 
 def room(form: Format, pages: int, page: int, dim: int, value_dim: int) -> Coded:
-    """Pages that nobody has written: scales and middles are NaN."""
-    marks = {}
-    for mark in ("scale", "middle")[: form.marks]:
-        marks[f"key_{mark}"] = torch.full((pages, dim), NAN, dtype=torch.float16, device=DEVICE)
-        marks[f"value_{mark}"] = torch.full((pages, groups(value_dim), page), NAN, dtype=torch.float16, device=DEVICE)
-    keys = torch.zeros(pages, page, dim // form.together, dtype=torch.uint8, device=DEVICE)
-    values = torch.zeros(pages, value_dim // form.together, page, dtype=torch.uint8, device=DEVICE)
-    return Coded(form, keys, values, **marks)
+    """Pages that nobody has written: scales and least numbers are NaN."""
+    by_channel = torch.full((pages, form.marks, dim), NAN, dtype=torch.float16, device=DEVICE)
+    by_token = torch.full((pages, form.marks, groups(value_dim), page), NAN, dtype=torch.float16, device=DEVICE)
+    keys = torch.zeros(pages, page, dim // form.together, dtype=form.unit, device=DEVICE)
+    values = torch.zeros(pages, value_dim // form.together, page, dtype=form.unit, device=DEVICE)
+    return Coded(form, keys, values, by_channel, by_token)
 
 
 def there_and_back(form: Format, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Coded]:
@@ -53,34 +51,35 @@ def there_and_back(form: Format, keys: Tensor, values: Tensor) -> tuple[Tensor, 
 
 
 def test_a_channel_of_keys_by_hand() -> None:
-    """0 .. 3 in 2 bits: middle 1.5, scale 1; 0 .. 30 in 4 bits: middle 15, scale 2, and odd numbers go up."""
+    """0 .. 3 in 2 bits: scale 1; 0 .. 30 in 4 bits: scale 2, and odd numbers go up; 1 .. 4: from 1 up."""
     keys = torch.tensor([0.0, 1.0, 2.0, 3.0])[None, :, None].expand(1, 4, 4).clone()
     found, _, coded = there_and_back(FORMS["int2"], keys, keys)
     assert torch.equal(found.cpu(), keys)
-    assert coded.key_middle is not None
-    assert coded.key_middle.tolist() == [[1.5] * 4]
-    assert coded.key_scale.tolist() == [[1.0] * 4]
+    assert coded.key_marks.tolist() == [[[1.0] * 4, [0.0] * 4]]
     assert coded.keys[0, :, 0].tolist() == [0, 0b01010101, 0b10101010, 255]
-    keys = torch.tensor([0.0, 13.0, 14.0, 30.0])[None, :, None].expand(1, 4, 2).clone()
+    keys = torch.tensor([0.0, 13.0, 14.0, 30.0])[None, :, None].expand(1, 4, 4).clone()
     found, _, coded = there_and_back(FORMS["int4"], keys, keys)
     assert found[0, :, 0].tolist() == [0.0, 14.0, 14.0, 30.0]
-    assert coded.keys[0, :, 0].tolist() == [0, 0x77, 0x77, 0xFF]
+    assert coded.keys[0, :, 0].tolist() == [0, 0x7777, 0x7777, -1]  # all bits
+    found, _, coded = there_and_back(FORMS["int2"], keys / 10 + 1, keys)
+    assert coded.key_marks.tolist() == [[[1.0] * 4, [1.0] * 4]]
+    assert found[0, :, 0].tolist() == [1.0, 2.0, 2.0, 4.0]
 
 
 def test_values_are_scaled_by_token_and_keys_by_channel() -> None:
     """One wide token does not blur the others' values, one wide channel not the others' keys."""
-    x = torch.tensor([[0.0, 15.0], [0.0, 1500.0]])[None]
+    x = torch.tensor([[0.0, 15.0], [0.0, 1500.0]])[None].repeat(1, 1, 2)
     keys, values, coded = there_and_back(FORMS["int4"], x, x)
     assert torch.equal(keys.cpu()[..., 0], x[..., 0])
     assert torch.equal(values.cpu()[:, 0], x[:, 0])
-    assert coded.key_scale[0].tolist() == [0.0, 99.0]
-    assert coded.value_scale[0, 0].tolist() == [1.0, 100.0]
+    assert coded.key_marks[0, 0].tolist() == [0.0, 99.0] * 2
+    assert coded.value_marks[0, 0, 0].tolist() == [1.0, 100.0]
 
 
 def test_small_floats_by_hand() -> None:
     x = torch.tensor([448.0, 17.0, 18.0, 1.0])[None, :, None]  # a step is 2 from 16 on; ties go to even
     found, _, coded = there_and_back(FORMS["fp8"], x, x)
-    assert coded.key_scale.item() == 1.0
+    assert coded.key_marks.item() == 1.0
     assert found.flatten().tolist() == [448.0, 16.0, 18.0, 1.0]
 
 
@@ -89,9 +88,9 @@ def test_every_level_survives_packing(bits: int) -> None:
     levels = torch.randint(0, 2**bits, (3, 8, 40), dtype=torch.uint8)
     for dim in (1, 2, -1):
         packed = pack(levels, bits, dim)
-        assert packed.numel() * 8 == levels.numel() * bits
+        assert packed.nbytes * 8 == levels.numel() * bits
         assert torch.equal(unpack(packed, bits, dim), levels)
-    assert pack(torch.tensor([3, 1], dtype=torch.uint8), 4).tolist() == [3 | 1 << 4]
+    assert pack(torch.tensor([3, 1, 15, 2], dtype=torch.uint8), 4).tolist() == [0x2F13]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -111,9 +110,9 @@ def test_nothing_is_further_off_than_half_a_step(
     x[:, :, 3] = shift  # a channel and a token that are constant
     x[:, 5] = shift / 2
     keys, values, coded = there_and_back(form, x, x)
-    scales = coded.key_scale.float()[:, None]
+    scales = coded.key_marks.float()[:, :1]
     many = groups(dim)
-    by_token = coded.value_scale.float().transpose(1, 2).repeat_interleave(dim // many, dim=2)
+    by_token = coded.value_marks[:, 0].float().transpose(1, 2).repeat_interleave(dim // many, dim=2)
     for found, scale in ((keys, scales), (values, by_token)):
         off, scale = (found.cpu() - x.float()).abs(), scale.cpu()
         slack = 1e-6 * x.float().abs() + 1e-30  # of float32
@@ -121,7 +120,7 @@ def test_nothing_is_further_off_than_half_a_step(
             assert (off <= torch.maximum(x.float().abs() / 16, scale * 2.0**-10) + slack).all()
         else:
             assert (off <= scale / 2 + slack).all()
-            assert (scale <= 1.01 * (spread / 2 + abs(shift) * 2) / form.reach + 1e-4 * abs(shift) + 1e-7).all()
+            assert (scale <= 1.01 * (spread + abs(shift) * 4) / form.reach + 1e-4 * abs(shift) + 1e-7).all()
 
 
 @pytest.mark.parametrize("form", INTEGERS, ids=str)
@@ -137,8 +136,8 @@ def test_a_constant_is_closer_than_a_float16_comes(form: Format) -> None:
 @pytest.mark.parametrize("name", sorted(FORMS))
 def test_numbers_that_no_scale_expresses_are_told_and_read_as_nan(name: str, odd: float) -> None:
     form = FORMS[name]
-    if form.floating and odd == 1e6:
-        odd = 1e9  # a scale of 2232 is fine
+    if form.bits == 8 and odd == 1e6:
+        odd = 1e9  # a scale of 2232 or 3922 is fine
     x = torch.ones(1, 16, 64)
     x[0, 2, 7] = odd
     coded, index = room(form, 1, 16, 64, 64), torch.zeros(1, dtype=torch.long, device=DEVICE)
@@ -157,7 +156,7 @@ def test_sizes_and_what_cannot_be_packed() -> None:
     assert FORMS["fp8"].page_bytes(128, 128, 64) == 64 * 256 + 2 * (128 + 64)
     assert FORMS["int2"].page_bytes(64, 256, 64) == 64 * 80 + 4 * (64 + 2 * 64)
     assert "key dim 6" in str(FORMS["int2"].unfit(6, 8))
-    assert "value dim 7" in str(FORMS["int4"].unfit(8, 7))
+    assert "value dim 6" in str(FORMS["int4"].unfit(8, 6))
     assert FORMS["int8"].unfit(7, 5) is None
 
 
@@ -186,7 +185,7 @@ def coded_pages(form: Format, lengths: list[int], **kwargs: object) -> tuple[Pag
 def sound(paged: Paged) -> Paged:
     """The same where pages that nobody wrote read as numbers."""
     assert paged.coded is not None
-    marks = {name: t.nan_to_num() for name, t in vars(paged.coded).items() if "_" in name and t is not None}
+    marks = {name: t.nan_to_num() for name, t in vars(paged.coded).items() if "_" in name}
     return replace(paged, coded=replace(paged.coded, **marks))
 
 

@@ -172,5 +172,8 @@ def test_saved_pages_of_another_form_are_refused() -> None:
     saved = flat(store(40, INT4))
     with pytest.raises(CacheStateError, match="fp8"):
         refill(store(0, None), saved, Float8.format)
-    with pytest.raises(CacheStateError, match="does not fit"):
+    with pytest.raises(CacheStateError, match="int2"):
         refill(store(0, None), saved, Integer2.format)
+    fewer = {name: t[:1] if name.startswith("codes.") else t for name, t in saved.items()}
+    with pytest.raises(CacheStateError, match="1 pages were saved"):
+        refill(store(0, None), fewer, INT4)

@@ -1,6 +1,6 @@
 """Pages: fixed runs of entries in one tensor each for keys, values, positions and optional planes.
 
-Keys and values may be in few bits; then scales and middles (``marks``) go with them.
+Keys and values may be in few bits; then scales and least numbers (``marks``) go with them.
 
 A page belongs to one head of one sequence, or is shared by forks and counted. Knows nothing of which entry is where.
 
@@ -55,11 +55,10 @@ class PagePool:
                 self.keys = zeros((total, page, key_dim), dtype=dtype)
                 self.values = zeros((total, page, value_dim), dtype=dtype)
             else:
-                self.keys = zeros((total, page, key_dim // form.together), dtype=torch.uint8)
-                self.values = zeros((total, value_dim // form.together, page), dtype=torch.uint8)
-                for mark in ("scale", "middle")[: form.marks]:
-                    self.marks[f"key_{mark}"] = zeros((total, key_dim), dtype=torch.float16)
-                    self.marks[f"value_{mark}"] = zeros((total, groups(value_dim), page), dtype=torch.float16)
+                self.keys = zeros((total, page, key_dim // form.together), dtype=form.unit)
+                self.values = zeros((total, value_dim // form.together, page), dtype=form.unit)
+                self.marks["key_marks"] = zeros((total, form.marks, key_dim), dtype=torch.float16)
+                self.marks["value_marks"] = zeros((total, form.marks, groups(value_dim), page), dtype=torch.float16)
             self.positions = zeros((total, page), dtype=torch.int32)
             self.planes = {name: zeros((total, page), dtype=torch.float32) for name in planes}
         self.counts: Pages = np.ones(total, dtype=np.int64)

@@ -59,8 +59,11 @@ def refill(store: LayerStore, found: Mapping[str, Tensor], form: Format | None) 
         raise CacheStateError(f"what was saved is not in {form.name}.")
     for name, target in codes.items():
         source = found[_CODES + name]
-        if source.shape != (len(index), *target.shape[1:]) or source.dtype != target.dtype:
-            raise CacheStateError(f"{name} of saved pages are {tuple(source.shape)}, which does not fit the lengths.")
+        if source.dtype != target.dtype or source.shape[1:] != target.shape[1:]:
+            shape = tuple(source.shape[1:])
+            raise CacheStateError(f"what was saved is not in {form.name}: {name} of a page are {shape}.")
+        if len(source) != len(index):
+            raise CacheStateError(f"{name} of {len(source)} pages were saved, where the lengths need {len(index)}.")
         target.index_copy_(0, index, source)
     if found["keys"].shape[:2] != (lengths.size, store.page):
         raise CacheStateError("newest pages and heads differ in number.")

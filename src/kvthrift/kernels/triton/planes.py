@@ -1,4 +1,4 @@
-"""A byte holds one number of each of ``PLANES`` runs of channels: what a read in few bits does for one such run.
+"""A unit holds one number of each of ``PLANES`` runs of channels: what a read in few bits does for one such run.
 
 Products have the entries or channels of a page on the left, and the queries, which are few, on the right.
 """
@@ -8,9 +8,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvthrift.kernels.triton.unpack import centre, numbers, rise, step
+from kvthrift.kernels.triton.unpack import numbers, planes_of, rise, step
 
 ROOM = tl.constexpr(9)  # exponents between the largest product of a weight and 1
+
+
+@triton.jit
+def channels(PLANES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """``[PLANES * DP]`` channels, a plane after the other, and which of them there are."""
+    k = tl.arange(0, PLANES * DP)
+    return k // DP * (D // PLANES) + k % DP, k % DP < D // PLANES
+
+
+@triton.jit
+def queries_of(q_ptr, row, PLANES: tl.constexpr, QUERIES: tl.constexpr, HERE: tl.constexpr, M: tl.constexpr,
+               D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+    """``[PLANES * DP, M]`` the queries' channels, a plane after the other; zero beyond."""
+    m = tl.arange(0, M)
+    d, there = channels(PLANES, D, DP)
+    at = q_ptr + row * QUERIES * D + m[None, :] * D + d[:, None]
+    return tl.load(at, mask=(m < HERE)[None, :] & there[:, None], other=0.0)
 
 
 @triton.jit
@@ -35,42 +52,73 @@ def power_above(x):
 
 
 @triton.jit
-def product(
-    logits, fixed, codes, q, scale_ptr, middle_ptr, page, PLANE: tl.constexpr, PLANES: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``logits [PAGE, M]``, yet to be raised, and ``fixed [16, M]``, its rows alike, with what a plane's channels add.
-
-    The queries are those of :func:`query`, divided by the plane's step.
-    """
-    d = tl.arange(0, DP)
-    at = page * D + PLANE * (D // PLANES) + d
-    inside = d < D // PLANES
-    scale = tl.load(scale_ptr + at) if DP == D // PLANES else tl.load(scale_ptr + at, mask=inside, other=0.0)
-    scaled = q * scale[:, None].to(q.dtype)
-    logits = tl.dot(
-        numbers(codes, PLANE, BITS, FLOATING, PACKED, q.dtype), scaled, logits, input_precision=PRECISION
-    )  # fmt: skip
-    if not FLOATING:
-        middle = tl.load(middle_ptr + at) if DP == D // PLANES else tl.load(middle_ptr + at, mask=inside, other=0.0)
-        summed = tl.dot(tl.full([16, DP], 1.0, q.dtype), scaled, input_precision=PRECISION)
-        wide = tl.broadcast_to(middle[None, :].to(q.dtype), [16, DP])
-        fixed += tl.dot(wide, q, input_precision=PRECISION) * step(BITS, PLANE, PACKED)
-        fixed -= summed * centre(BITS, PLANE, PACKED)
-    return logits, fixed
+def marks_of(ptr, gap, at, there, WHOLE: tl.constexpr, FLOATING: tl.constexpr):
+    """Scales and least numbers, ``gap`` behind them; in one load, which is wide enough to pass the L1 cache by."""
+    if FLOATING:
+        scale = tl.load(ptr + at) if WHOLE else tl.load(ptr + at, mask=there, other=0.0)
+        return scale, scale
+    both = ptr + tl.arange(0, 2)[:, None] * gap + at[None, :]
+    return tl.split(tl.permute(tl.load(both) if WHOLE else tl.load(both, mask=there[None, :], other=0.0), (1, 0)))
 
 
 @triton.jit
-def weigh(weights, shrink, offset, sums, scale, middle_ptr, FLOATING: tl.constexpr, dtype: tl.constexpr,
-          PRECISION: tl.constexpr):  # fmt: skip
-    """Weights ``[PAGE, M]`` with a group's scales in them, what the middles add ``[M]``, their own sums ``[16, M]``."""
-    scaled = (weights * scale[:, None]).to(dtype)
+def reach_of(scale):
+    """About the binary logarithm of float16 scales, 0.09 below it at most; that of the least float16 of a 0."""
+    bits = tl.maximum(scale.to(tl.float32), 2.0**-24).to(tl.int32, bitcast=True)
+    return bits.to(tl.float32) * 2.0**-23 - 127.0
+
+
+@triton.jit
+def deep(x):
+    """``[N, M]`` as ``[N / 8, 8, M]``: a thread has what the first of these counts, and reduces it by itself."""
+    return tl.reshape(x, [x.shape[0] // 8, 8, x.shape[1]])
+
+
+@triton.jit
+def levels(codes, BITS: tl.constexpr, FLOATING: tl.constexpr, PACKED: tl.constexpr, dtype: tl.constexpr):
+    """Units ``[N, C]`` to numbers ``[N, PLANES * C]``, a plane after the other."""
+    if planes_of(BITS) == 1:
+        return numbers(codes, 0, BITS, FLOATING, PACKED, dtype)
+    else:
+        first, second = (
+            numbers(codes, 0, BITS, FLOATING, PACKED, dtype),
+            numbers(codes, 1, BITS, FLOATING, PACKED, dtype),
+        )
+        third, fourth = (
+            numbers(codes, 2, BITS, FLOATING, PACKED, dtype),
+            numbers(codes, 3, BITS, FLOATING, PACKED, dtype),
+        )
+        planes = tl.permute(tl.join(tl.join(first, third), tl.join(second, fourth)), (0, 2, 3, 1))  # [N, 2, 2, C]
+        return tl.reshape(planes, [codes.shape[0], 4 * codes.shape[1]])
+
+
+@triton.jit
+def product(
+    codes, q, stepped, scale, low, BITS: tl.constexpr, FLOATING: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``[PAGE, M]`` products of keys with queries, yet to be raised, and what the least numbers add, ``[8, M]``.
+
+    ``stepped`` are the queries, each divided by its plane's step.
+    """
+    scaled = stepped * scale[:, None].to(q.dtype)
+    logits = tl.dot(levels(codes, BITS, FLOATING, PACKED, q.dtype), scaled, input_precision=PRECISION)
+    if FLOATING:
+        return logits, tl.zeros([8, q.shape[1]], tl.float32)
+    wide = tl.broadcast_to(low[None, :].to(q.dtype), [16, q.shape[0]])
+    return logits, tl.max(deep(tl.dot(wide, q, input_precision=PRECISION)), 0)
+
+
+@triton.jit
+def weigh(weights, shrink, offset, scale, low, FLOATING: tl.constexpr, dtype: tl.constexpr):
+    """Weights ``[N, M]`` with a group's scales in them, and what the least numbers add, ``[8, M]``."""
+    N: tl.constexpr = scale.shape[0]
+    scales = tl.reshape(scale.to(tl.float32), [N // 8, 8])[:, :, None]
+    scaled = tl.reshape((weights * scales).to(dtype), [N, weights.shape[2]])
     if not FLOATING:
-        offset = offset * shrink + tl.sum(weights * tl.load(middle_ptr).to(tl.float32)[:, None], 0)
-        ones = tl.full([16, weights.shape[0]], 1.0, dtype)
-        sums = tl.dot(ones, scaled, sums * shrink[None, :], input_precision=PRECISION)
-    return scaled, offset, sums
+        lows = tl.reshape(low.to(tl.float32), [N // 8, 8])[:, :, None]
+        offset = offset * shrink[None, :] + tl.sum(weights * lows, 0)
+    return scaled, offset
 
 
 @triton.jit
@@ -82,14 +130,12 @@ def gather(acc, codes, weights, shrink, PLANE: tl.constexpr, BITS: tl.constexpr,
 
 
 @triton.jit
-def settled(acc, offset, sums, PLANE: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
+def settled(acc, offset, PLANE: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
             PACKED: tl.constexpr):  # fmt: skip
     """What was gathered of a plane in units of the values' own."""
     if FLOATING:
         return acc
-    CENTRE: tl.constexpr = centre(BITS, PLANE, PACKED)
-    raised = acc * rise(FLOATING, PACKED) - tl.max(sums, 0)[None, :] * CENTRE
-    return raised / step(BITS, PLANE, PACKED) + offset[None, :]
+    return acc * (rise(FLOATING, PACKED) / step(BITS, PLANE, PACKED)) + tl.sum(offset, 0)[None, :]
 
 
 @triton.jit
@@ -121,17 +167,19 @@ def leave(ptr, at, acc, safe, PLANE: tl.constexpr, PLANES: tl.constexpr, HERE: t
 
 
 @triton.jit
-def softmax(logits, top, total, reach):
-    """Weights ``[PAGE, M]`` under a running maximum, and the running numbers.
+def softmax(logits, factor, fixed, top, total, scale):
+    """Weights ``[N / 8, 8, M]`` under a running maximum, and the running numbers; ``total`` is ``[8, M]``.
 
-    ``reach`` is the exponent of the largest number that weights are multiplied with: their products stay below
-    ``2 ** ROOM``, so that float16 has them, and what it lacks is nothing beside the largest.
+    A logit is ``logits * factor + fixed``, of which the latter is ``[8, M]``, alike for all entries. ``scale [N]`` is
+    float16, what an entry's weight is multiplied with: products stay below ``2 ** (ROOM + 0.1)``, so that float16 has
+    them, and what it lacks is nothing beside the largest.
     """
-    high = tl.maximum(top, tl.max(logits, 0) + reach)
+    reach = reach_of(tl.max(deep(tl.broadcast_to(scale[:, None], logits.shape)), 0))  # [8, M], a thread's own
+    high = tl.maximum(top, tl.max(tl.max(deep(logits), 0) * factor + fixed + reach, 0))
     base = tl.where(high == float("-inf"), 0.0, high)
-    weights = tl.exp2(logits - (base - ROOM)[None, :])
+    weights = tl.exp2(deep(logits) * factor + (fixed - (base - ROOM)[None, :])[None, :, :])
     shrink = tl.exp2(top - base)
-    return weights, shrink, high, total * shrink + tl.sum(weights, 0)
+    return weights, shrink, high, total * shrink[None, :] + tl.sum(weights, 0)
 
 
 @triton.jit
