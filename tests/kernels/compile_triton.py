@@ -54,12 +54,12 @@ def sight(seen: bool, steps: int) -> dict[str, object]:
 
 
 def compile_coded(bits: int, floating: bool, dtype: str, dim: int, bias: bool) -> None:
-    planes = 8 // bits
+    planes, unit = (1 if bits == 8 else 4), ("*i16" if bits == 4 else "*u8")
     many = 2 if dim > 128 else 1
     deep, wide = (triton.next_power_of_2(dim // n) for n in (planes, max(planes, many)))
     model = {f"{name}_ptr": f"*{dtype}" for name in ("q", "tail_k", "tail_v", "out")}
-    codes = {"k_ptr": "*u8", "v_ptr": "*u8"}
-    marks = {f"{name}_ptr": "*fp16" for name in ("k_scale", "k_middle", "v_scale", "v_middle")}
+    codes = {"k_ptr": unit, "v_ptr": unit}
+    marks = {f"{name}_marks_ptr": "*fp16" for name in "kv"}
     table = {"table_ptr": "*i32", "length_ptr": "*i32"}
     parts = {"lse_ptr": "*fp32", "part_ptr": "*fp32", "part_lse_ptr": "*fp32", "arrived_ptr": "*i32"}
     types = {**model, **codes, **marks, **table, **parts, "bias_ptr": "*fp32" if bias else "*fp16"}
@@ -73,7 +73,7 @@ def compile_coded(bits: int, floating: bool, dtype: str, dim: int, bias: bool) -
         asked = {"QUERIES": queries, "HERE": queries, "M": max(8, queries), "QP": queries, **sight(bias, 2)}
         compile_kernel(read_coded._read, types, {**sizes, **rest, **asked}, read_coded._warps(max(8, queries), dim))
     fresh = {"new_k_ptr": f"*{dtype}", "new_v_ptr": f"*{dtype}", "new_position_ptr": "*i64", "k_ptr": f"*{dtype}",
-             "v_ptr": f"*{dtype}", "position_ptr": "*i32", "codes_k_ptr": "*u8", "codes_v_ptr": "*u8"}  # fmt: skip
+             "v_ptr": f"*{dtype}", "position_ptr": "*i32", "codes_k_ptr": unit, "codes_v_ptr": unit}  # fmt: skip
     strides = {**table, **dict.fromkeys(("k_stride", "v_stride", "position_stride", "width"), "i32")}
     dims = {"HEADS": 8, "D": dim, "DP": deep, "DV": dim, "DVP": wide, "PAGE": 64, "BITS": bits, "FLOATING": floating}
     dims["GROUPS"] = many
@@ -112,13 +112,16 @@ def main() -> None:
             "PAGE": 64,
             "EVEN": group == 4,
             "ROWWISE": group == 4,
+            "ALIGNED": group != 4,
+            "HELPERS": 1 if wide < 32 else 8 if wide > 64 else 4,
+            "POLLS": 64,
             "HAS_BIAS": bias,
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
             "STAGES": 3,
             "EARLY": True,
         }
-        scalars = {"scale": "fp32", "width": "i32", "rows": "i32"}
-        types = {**pointers, "arrived_ptr": "*i32", **scalars}
+        scalars = {"scale": "fp32", "width": "i32", "rows": "i32", "runs": "i32"}
+        types = {**pointers, "arrived_ptr": "*i32", "turn_ptr": "*i32", **scalars}
         constants = {**sizes, **rest, **sight(bias, group)}
         plain = dtype == "bf16"
         binary = compile_kernel(_read, types, constants, 2 if plain else 8 if group > 64 else 4)

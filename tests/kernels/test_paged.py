@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvthrift.errors import OptionError
 from kvthrift.kernels import Paged, naive, paged_append, paged_attend, plan_read, unfit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,18 +94,33 @@ def row_by_row(
     return torch.stack(outs).view(b, heads, length, -1), torch.stack(lses).view(b, heads, length)
 
 
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"aligned": False},
+    {"helpers": 0},
+    {"aligned": False, "helpers": 0},
+]
+
+
 def triton_read(
-    q: Tensor, paged: Paged, scale: float, programs: int = 0, even: bool = False, **sight: Any
+    q: Tensor,
+    paged: Paged,
+    scale: float,
+    programs: int = 0,
+    even: bool = False,
+    way: dict[str, Any] = WAYS[0],
+    **sight: Any,
 ) -> tuple[Tensor, Tensor]:
     pytest.importorskip("triton")
     from kvthrift.kernels.triton.read import read
 
     rows, width = paged.table.shape
     queries = q.numel() // q.shape[-1] // rows
-    plan = plan_read(rows, rows * width, queries, paged.values.shape[-1], q.device, programs=programs, even=even)
+    plan = plan_read(rows, rows * width, queries, paged.values.shape[-1], q.device, programs=programs, even=even, **way)
     first = read(q, paged, scale, plan, **sight)
     again = read(q, paged, scale, plan, **sight)  # the scratch is fit to be used again
     assert not plan.arrived.any()
+    assert not (plan.turns & 0x7FFFFFFF).any()
     torch.testing.assert_close(first, again, equal_nan=True)
     return first
 
@@ -122,8 +138,13 @@ def test_the_naive_twin_reads_each_row_by_itself(lengths: list[int], heads: int,
     torch.testing.assert_close(found.lse.double(), lse, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("programs", [0, 1, 3, 7, 40])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("way", "programs", "bias"),
+    [
+        *itertools.product(WAYS[:1], (0, 1, 3, 7, 40), (False, True)),
+        *itertools.product(WAYS[1:], (3, 40), (False,)),
+    ],
+)
 @pytest.mark.parametrize(
     ("lengths", "group", "queries", "dim", "value_dim"),
     [
@@ -134,15 +155,24 @@ def test_the_naive_twin_reads_each_row_by_itself(lengths: list[int], heads: int,
         ([40, 90], 1, 16, 256, 256),
         ([0, 0, 0], 2, 1, 32, 32),
         ([1] * 20 + [150, 0] + [2] * 9, 1, 1, 16, 16),
+        ([640, 3, 65], 8, 16, 64, 64),  # parts of the first are joined in four slices
+        ([20, 400], 16, 1, 16, 128),  # in eight
     ],
 )
 def test_triton_reads_what_the_rows_hold(
-    lengths: list[int], group: int, queries: int, dim: int, value_dim: int, bias: bool, programs: int
+    lengths: list[int],
+    group: int,
+    queries: int,
+    dim: int,
+    value_dim: int,
+    bias: bool,
+    programs: int,
+    way: dict[str, Any],
 ) -> None:
     paged = pages_of(lengths, dim=dim, value_dim=value_dim, bias=bias)
     q = torch.randn(1, len(lengths) * group, queries, dim, device=DEVICE)
     out, lse = row_by_row(q, paged, dim**-0.5)
-    found, found_lse = triton_read(q, paged, dim**-0.5, programs)
+    found, found_lse = triton_read(q, paged, dim**-0.5, programs, way=way)
     torch.testing.assert_close(found.double(), out, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(found_lse.double(), lse, atol=2e-5, rtol=2e-5)
 
@@ -168,6 +198,11 @@ def test_triton_reads_half_precision(dtype: torch.dtype) -> None:
     found, found_lse = triton_read(q, paged, 0.125, 1)
     torch.testing.assert_close(found.double(), out, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(found_lse.double(), lse, atol=1e-2, rtol=1e-2)
+
+
+def test_channels_are_shared_out_among_helpers_without_a_rest() -> None:
+    with pytest.raises(OptionError, match="helpers=3"):
+        plan_read(2, 8, 1, 16, torch.device("cpu"), helpers=3)
 
 
 def test_strided_queries_are_read_as_they_stand() -> None:

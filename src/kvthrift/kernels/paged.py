@@ -25,6 +25,8 @@ from kvthrift.kernels.codes import Coded, Format, groups
 _LARGEST_DIM = 256
 _LONGEST_RUN = 32  # pages that one program reads where there are many
 _SHORT_RUN = 4  # pages that one program reads where there are few, and yet a program for every multiprocessor
+_HELPERS = 8  # programs that join the parts of a long row; 0: the last to arrive does it alone
+_PATIENCE = {True: 64, False: 4}  # looks of a helper at what is missing; with few programs all of them run at once
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,18 @@ class ReadPlan:
 
     Attributes:
         programs: equal runs that the pages of all rows are cut into.
+        grid: programs that are launched: as many, or more where runs end with rows (``aligned``) and some are shorter.
+        aligned: no run has pages of two rows; always so where rows are even and ``programs`` a multiple of them.
         even: every row is as long as the first, so that nothing need be summed up; where ``programs`` is a multiple
             of the rows, each row is cut by itself.
         few: at most two programs for a multiprocessor, each of which had better have many pages on their way.
-        parts: ``[programs + rows, queries, Dv]`` float32 scratch.
-        lses: ``[programs + rows, queries]`` float32 scratch.
+        parts: ``[grid + rows, queries, Dv]`` float32 scratch.
+        lses: ``[grid + rows, queries]`` float32 scratch.
         arrived: ``[rows]`` int32, all zero between reads.
+        turns: ``[rows]`` int32, of which but the highest bit is zero between reads.
+        helpers: programs that join a long row's parts, a slice of the channels each; a power of two, 0 for the last
+            to arrive alone.
+        polls: how often a helper looks whether all have arrived before it leaves its slice to the last.
     """
 
     programs: int
@@ -81,11 +89,16 @@ class ReadPlan:
     parts: Tensor
     lses: Tensor
     arrived: Tensor
+    turns: Tensor
+    grid: int
+    aligned: bool
+    helpers: int
+    polls: int
 
     @property
     def bytes(self) -> int:
         """Bytes of the scratch."""
-        return sum(t.numel() * t.element_size() for t in (self.parts, self.lses, self.arrived))
+        return sum(t.numel() * t.element_size() for t in (self.parts, self.lses, self.arrived, self.turns))
 
 
 def plan_read(
@@ -96,7 +109,10 @@ def plan_read(
     device: torch.device,
     *,
     even: bool = False,
+    coded: bool = False,
     programs: int = 0,
+    aligned: bool | None = None,
+    helpers: int = _HELPERS,
 ) -> ReadPlan:
     """Cut a read so that the device is filled, and yet no run is too short to be worth a part.
 
@@ -110,20 +126,37 @@ def plan_read(
         value_dim: Dv.
         device: where the scratch lives.
         even: all rows are, and will be, equally long.
+        coded: pages are in few bits, which programs of one warp read.
         programs: or 0, chosen from the device's multiprocessors.
+        aligned, helpers: see :class:`ReadPlan`; for measuring. Runs end with rows where rows are few.
+
+    Raises:
+        OptionError: ``helpers`` is not 0, 2, 4 or 8.
     """
+    if helpers not in (0, 2, 4, 8):
+        raise OptionError(f"helpers={helpers} cannot share out the channels of a part: 0, 2, 4 or 8 can.")
     each = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    aligned = not even and (rows <= each and not coded if aligned is None else aligned)
     if not programs:
-        run = max(1, min(_LONGEST_RUN, max(-(-pages // (2 * each)), min(_SHORT_RUN, round(pages / each)))))
+        most, short = (4 * each, _SHORT_RUN // 2) if coded else (2 * each, _SHORT_RUN)
+        run = max(1, min(_LONGEST_RUN, max(-(-pages // most), min(short, round(pages / each)))))
         programs = rows * -(-pages // (rows * run)) if even and rows else -(-pages // run)
-    programs = max(programs, 1)
+        if aligned and each < programs <= 2 * each:
+            programs = each * 16 // 11  # with a run more a row they still fit, and start together
+    programs, few = max(programs, 1), programs <= 2 * each
+    grid = programs + rows if aligned else programs  # a run more a row: the last of each may be short
     return ReadPlan(
         programs,
         even,
-        programs <= 2 * each,
-        torch.empty(programs + rows, queries, value_dim, dtype=torch.float32, device=device),
-        torch.empty(programs + rows, queries, dtype=torch.float32, device=device),
+        few,
+        torch.empty(grid + rows, queries, value_dim, dtype=torch.float32, device=device),
+        torch.empty(grid + rows, queries, dtype=torch.float32, device=device),
         torch.zeros(rows, dtype=torch.int32, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+        grid,
+        aligned,
+        helpers,
+        _PATIENCE[few],
     )
 
 

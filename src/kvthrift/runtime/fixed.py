@@ -120,11 +120,11 @@ class FixedSteps:
         rows = len(paged.lengths)
         pages = int((-(-(store.lengths + self.room) // store.page)).sum())
         key = (rows, pages, q.shape[0] * q.shape[1] // rows, v.shape[-1])
-        even = store.uniform  # and stays so: every row grows by one a step
-        if (*key, even) not in self._plans:
-            self._plans[*key, even] = plan_read(*key, q.device, even=even)
+        even, coded = store.uniform, paged.coded is not None  # and stay so: every row grows by one a step
+        if (*key, even, coded) not in self._plans:
+            self._plans[*key, even, coded] = plan_read(*key, q.device, even=even, coded=coded)
         paged_append(k, v, self.positions, paged)
-        out = paged_attend(q, paged, scale=scale, plan=self._plans[*key, even]).out
+        out = paged_attend(q, paged, scale=scale, plan=self._plans[*key, even, coded]).out
         if place in self._gathered:
             step, turn = self._now(place)
             self._gathered[place].see(self.state, q, step, turn, facts)

@@ -45,10 +45,13 @@ def of_row(r, values, row):  # fmt: skip
 def join(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, row, first_part, last_part,
     QUERIES: tl.constexpr, HERE: tl.constexpr, QP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, first_channel=0,
 ):  # fmt: skip
-    """Write what the parts ``first_part .. last_part`` of a row come to, ``PARTS`` of them at a time."""
-    g, p, dv = tl.arange(0, QP), tl.arange(0, PARTS), tl.arange(0, DVP)
+    """Write what the parts ``first_part .. last_part`` of a row come to, ``PARTS`` of them at a time.
+
+    The ``DVP`` channels from ``first_channel`` on.
+    """
+    g, p, dv = tl.arange(0, QP), tl.arange(0, PARTS), first_channel + tl.arange(0, DVP)
     in_dv = dv < DV
     top = tl.full([QP], float("-inf"), tl.float32)
     total = tl.zeros([QP], tl.float32)

@@ -1,11 +1,11 @@
 """Decode attention over pages in one launch, shared out evenly however long each head is.
 
-The pages of all rows are one list, cut into as many equal runs as there are programs; a run may begin or end within a
-row and span several. Every program finds its place in that list by itself (a cumulative sum over the rows' lengths), so
-nothing is planned on the host and one long head among short ones costs nothing. Rows of one length need no search: each
-is cut into as many runs, and a program has one. Within a row: a running softmax in base two. Where a row is cut, each
-program leaves its part in scratch, and the last one to arrive (an atomic count) joins the parts by log-sum-exp, as in
-Flash-Decoding and Stream-K (2301.03598), without a second launch.
+Every row is cut into runs of as many pages, and a program has one run. It finds its place by itself (a cumulative sum
+over the rows' runs), so nothing is planned on the host. Rows of one length need no search. Or (not ``aligned``) the
+pages of all rows are one list, cut into equal runs that may span several rows. Within a row: a running softmax in base
+two. Where a row is cut, each program leaves its part in scratch, and the last one to arrive (an atomic count) joins the
+parts by log-sum-exp, as in Flash-Decoding and Stream-K (2301.03598), without a second launch; parts of a long row are
+joined by the last few to arrive, a slice of the channels each (``meet.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvthrift.kernels.triton.parts import LN2, await_others, join, launch, of_row
+from kvthrift.kernels.triton.meet import NARROWEST, settle
+from kvthrift.kernels.triton.parts import LN2, await_others, launch, of_row
 from kvthrift.kernels.triton.sight import LOG2E, behind, blocks, capped, ends_of, features, oldest
 
 if TYPE_CHECKING:
@@ -30,15 +31,16 @@ _DEEP = 5  # pages on their way at once where programs are too few to hide each 
 _LOG2E = tl.constexpr(LOG2E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "runs"])
 def _read(
     q_ptr, k_ptr, v_ptr, bias_ptr, table_ptr, length_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, arrived_ptr,
-    position_ptr, query_position_ptr, scale, width, rows, window, cap,
+    turn_ptr, position_ptr, query_position_ptr, scale, width, rows, runs, window, cap,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, HERE: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, QP: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr,
-    EVEN: tl.constexpr, ROWWISE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, STEPS: tl.constexpr, HEADS: tl.constexpr,
-    EARLY: tl.constexpr,
+    EVEN: tl.constexpr, ROWWISE: tl.constexpr, ALIGNED: tl.constexpr,
+    HELPERS: tl.constexpr, POLLS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, STEPS: tl.constexpr,
+    HEADS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     await_others(EARLY)
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -50,22 +52,36 @@ def _read(
         r = tl.arange(0, ROWS)
         lengths = tl.load(length_ptr + r, mask=r < rows, other=0)
         pages = tl.where(r < rows, tl.maximum((lengths + PAGE - 1) // PAGE, 1), 0)
-        ends = tl.cumsum(pages, 0)
         pages_in_all = tl.sum(pages, 0)
     if ROWWISE:  # whole rows are cut, each by as many programs
         splits = programs // rows
         run = (each + splits - 1) // splits
         own = program // splits
-        first = own * each + (program - own * splits) * run
-        stop = tl.minimum(first + run, (own + 1) * each)
+        first_part = own * splits
+        last_part = first_part + (each - 1) // run
+    elif ALIGNED:  # whole rows are cut, into runs that are about as long
+        run = tl.maximum((pages_in_all + runs - 1) // runs, 1)
+        shares = (pages + run - 1) // run
+        ends = tl.cumsum(shares, 0)
+        own = tl.sum((ends <= program).to(tl.int32), 0)  # none's, where there are more programs than runs
+        length, each = of_row(r, lengths, own), of_row(r, pages, own)
+        last_part = of_row(r, ends, own) - 1
+        share = tl.maximum(of_row(r, shares, own), 1)
+        first_part = last_part + 1 - share
+        run = (each + share - 1) // share  # no longer, and as many
+    if ROWWISE or ALIGNED:
+        first = (program - first_part) * run
+        stop = tl.minimum(first + run, each)
     else:
+        if not EVEN:
+            ends = tl.cumsum(pages, 0)
         run = (pages_in_all + programs - 1) // programs
         first, stop = program * run, tl.minimum(program * run + run, pages_in_all)
     if first < stop:
         m, d, dv, n = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, PAGE)
         inside, in_d, in_dv = m < HERE, d < D, dv < DV
         held = inside[:, None] & in_dv[None, :]
-        if ROWWISE:
+        if ROWWISE or ALIGNED:
             first_row, last_row = own, own
         elif EVEN:
             first_row, last_row = first // each, (stop - 1) // each
@@ -73,7 +89,9 @@ def _read(
             first_row = tl.sum((ends <= first).to(tl.int32), 0)
             last_row = tl.sum((ends <= stop - 1).to(tl.int32), 0)
         for row in range(first_row, last_row + 1):
-            if EVEN:
+            if ROWWISE or ALIGNED:
+                row_stop, row_first = each, 0
+            elif EVEN:
                 row_stop, row_first = (row + 1) * each, row * each
             else:
                 length = of_row(r, lengths, row)
@@ -116,10 +134,7 @@ def _read(
                 top = high
             safe = tl.where(total > 0, total, 1.0)
             lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))
-            if ROWWISE:
-                first_part = own * splits
-                last_part = first_part + (each - 1) // run
-            else:
+            if not (ROWWISE or ALIGNED):
                 first_part, last_part = row_first // run, (row_stop - 1) // run  # programs that share this row
             if first_part == last_part:
                 tl.store(
@@ -132,13 +147,10 @@ def _read(
                 tl.store(part_ptr + slot * DV + m[:, None] * DV + dv[None, :], acc / safe[:, None], mask=held)
                 tl.store(part_lse_ptr + slot + m, lse, mask=inside)
                 tl.debug_barrier()  # all of this program's part is written before it says so
-                before = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel")
-                if before == last_part - first_part:
-                    tl.store(arrived_ptr + row, 0)
-                    join(
-                        out_ptr, lse_ptr, part_ptr, part_lse_ptr, row, first_part, last_part, QUERIES, HERE, QP,
-                        DV, DVP, PARTS,
-                    )  # fmt: skip
+                settle(
+                    out_ptr, lse_ptr, part_ptr, part_lse_ptr, arrived_ptr, turn_ptr, program, row, first_part,
+                    last_part, QUERIES, HERE, QP, DV, DVP, PARTS, HELPERS, POLLS,
+                )  # fmt: skip
 
 
 def read(
@@ -157,17 +169,20 @@ def read(
     lse = torch.empty(b, heads, length, dtype=torch.float32, device=q.device)
     deep, wide = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
     sight, bias = features(q, rows, causal, window, positions, cap), paged.bias
+    helpers = min(plan.helpers, wide // NARROWEST)
     stages = stages or (min(_DEEP, _room(paged)) if plan.few else 2)
     for first, here in blocks(queries, sight["STEPS"], _most(paged, max(deep, wide))):
         tall, grouped = max(16, triton.next_power_of_2(here)), triton.next_power_of_2(here)
-        _read[(plan.programs,)](
+        _read[(plan.grid,)](
             behind(q.contiguous(), first), paged.keys, paged.values, paged.keys if bias is None else bias, paged.table,
             paged.lengths, behind(out, first), behind(lse, first, 1), behind(plan.parts, first),
-            behind(plan.lses, first, 1), plan.arrived, paged.positions if window is not None else None,
-            scale=scale * LOG2E, width=width, rows=rows, **sight,
+            behind(plan.lses, first, 1), plan.arrived, plan.turns, paged.positions if window is not None else None,
+            scale=scale * LOG2E, width=width, rows=rows, runs=plan.programs, **sight,
             ROWS=triton.next_power_of_2(rows), QUERIES=queries, HERE=here, M=tall, D=dim, DP=deep, DV=value_dim,
             DVP=wide, QP=grouped, PARTS=max(1, _JOINED // (grouped * wide)), PAGE=paged.page,
-            EVEN=plan.even, ROWWISE=plan.even and plan.programs % rows == 0, HAS_BIAS=bias is not None, STAGES=stages,
+            EVEN=plan.even, ROWWISE=plan.even and plan.programs % rows == 0, ALIGNED=plan.aligned,
+            HELPERS=helpers, POLLS=plan.polls, HAS_BIAS=bias is not None,
+            STAGES=stages,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=warps or _warps(q, tall, max(deep, wide)), **launch(q.device),
         )  # fmt: skip
