@@ -63,7 +63,10 @@ def _sums(
             r = (block * W + w).to(tl.int64)
             inside = r < queries
             q = tl.load(rows + r[:, None] * q_t + d[None, :], mask=inside[:, None] & in_d[None, :], other=0.0)
-            norm = tl.load(norms + r, mask=inside, other=0.0) * (_LOG2E_CONST * POWER)
+            if BOUNDS:
+                norm = tl.load(norms + r)
+            else:
+                norm = tl.load(norms + r, mask=inside, other=0.0) * (_LOG2E_CONST * POWER)
             limit = tl.load(q_position_ptr + b * qp_b + r, mask=inside, other=-1).to(tl.int32) - buffer
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - norm[None, :]
             if HAS_BIAS:
@@ -72,9 +75,9 @@ def _sums(
             total += tl.sum(tl.exp2(logits), 1)
         for block in tl.range(clear, stop, num_stages=STAGES):
             r = (block * W + w).to(tl.int64)
-            inside = r < queries
-            q = tl.load(rows + r[:, None] * q_t + d[None, :], mask=inside[:, None] & in_d[None, :], other=0.0)
-            norm = tl.load(norms + r, mask=inside, other=float("inf")) * (_LOG2E_CONST * POWER)
+            at = rows + tl.minimum(r, queries - 1)[:, None] * q_t + d[None, :]  # behind the last, norms are infinite
+            q = tl.load(at) if D == DP else tl.load(at, mask=in_d[None, :], other=0.0)
+            norm = tl.load(norms + r)
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - norm[None, :]
             if HAS_BIAS:
                 logits += bias[:, None]
@@ -101,16 +104,17 @@ def sums(
     across = min(across, max(16, triton.next_power_of_2(queries)))
     blocks = -(-queries // across)
     bounds = blocks > 1
-    high = low = q_positions
+    high, low, norms = q_positions, q_positions, lse
     if bounds:
         missing = blocks * across - queries
+        norms = F.pad(lse * (_LOG2E * power), (0, missing), value=float("inf"))
         high = F.pad(q_positions, (0, missing), value=-1).view(b, blocks, across).amax(dim=-1).int()
         low = F.pad(q_positions, (0, missing), value=_FAR).view(b, blocks, across).amin(dim=-1).int()
     out = torch.empty(b, kv_heads, group, entries, dtype=torch.float32, device=q.device)
     like, each = valid if bias is None else bias, group if together else 1
     _sums[(-(-entries // tall), b * heads // each)](
-        q, k, lse, q_positions, k_positions, valid, like, high, low, out,
-        scale * _LOG2E * power, queries, entries, blocks, buffer, *q.stride()[:3], *k.stride()[:3], *lse.stride()[:2],
+        q, k, norms, q_positions, k_positions, valid, like, high, low, out,
+        scale * _LOG2E * power, queries, entries, blocks, buffer, *q.stride()[:3], *k.stride()[:3], *norms.stride()[:2],
         q_positions.stride(0), *k_positions.stride()[:2], *valid.stride()[:2], *like.stride()[:2],
         HEADS=kv_heads, GROUP=group, EACH=each, POWER=power, D=dim, DP=padded(dim), N=tall, W=across, BOUNDS=bounds,
         CHUNK=min(1024, max(16, triton.next_power_of_2(blocks))), HAS_BIAS=bias is not None,
