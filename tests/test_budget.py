@@ -147,6 +147,36 @@ def test_bytes_given_are_never_exceeded_in_pages(given_: int, length: int, heads
     assert found >= length or found % page == 0
 
 
+@settings(deadline=None)
+@given(
+    st.integers(1, 10**6), st.integers(1, 5000), st.integers(1, 64), st.sampled_from([1, 16, 64]), st.integers(0, 100)
+)  # fmt: skip
+def test_heads_that_differ_share_all_whole_pages(given_: int, length: int, heads: int, page: int, least: int) -> None:
+    try:
+        even = entries(f"{given_}b", length, heads=heads, page=page)
+    except BudgetError:
+        with pytest.raises(BudgetError):
+            entries(f"{given_}b", length, heads=heads, page=page, least=least)
+        return
+    found = entries(f"{given_}b", length, heads=heads, page=page, least=least)
+    room, needed = given_ // (10 * page) * page, -(-least // page) * page  # entries of all heads, of one
+    if even >= length or found < needed:
+        assert found == even
+    else:
+        assert found * heads <= room
+        assert found in (room // heads, length - 1)
+
+
+def test_bytes_over_whole_pages_a_head_are_for_heads_that_differ() -> None:
+    page = 4 * 10 * 64
+    assert entries(f"{7 * page // 4}b", 1000) == 64
+    assert entries(f"{7 * page // 4}b", 1000, least=8) == 7 * 16  # seven pages
+    assert entries(f"{8 * page // 4 - 1}b", 1000, least=8) == 7 * 16
+    assert entries(f"{7 * page // 4}b", 1000, least=65) == 64  # every head needs two: refused by who protects them
+    assert entries(f"{7 * page // 4}b", 100, least=8) == 99  # two pages a head, which there are not
+    assert entries(f"{7 * page // 4}b", 64, least=8) == 112  # all fit
+
+
 def test_a_budget_passes_through_and_compares_by_value() -> None:
     budget = Budget.parse("50%")
     assert Budget.parse(budget) is budget

@@ -74,10 +74,13 @@ class Budget:
             return f"{int(self.amount)}B"
         return f"{float(self.amount):g}" if self.amount.denominator != 1 else str(int(self.amount))
 
-    def entries(self, length: int, *, heads: int, entry_bytes: int, page: int, head_bytes: int = 0) -> int:
+    def entries(
+        self, length: int, *, heads: int, entry_bytes: int, page: int, head_bytes: int = 0, least: int | None = None
+    ) -> int:
         """Entries per KV head for one sequence, the mean over its heads.
 
-        Of bytes they are whole pages, unless the pages of the whole sequence fit.
+        Of bytes they are whole pages, unless the pages of the whole sequence fit, or heads may differ: then they are
+        what the whole pages of all heads together come to, and fewer than ``length``.
 
         Args:
             length: tokens of the sequence so far.
@@ -85,6 +88,8 @@ class Budget:
             entry_bytes: bytes of one entry of one head, its metadata included.
             page: entries per page of the store; bytes are handed out in whole pages.
             head_bytes: bytes of one head besides its entries.
+            least: entries that every head must be able to hold, if heads may hold unequal numbers of pages; None if
+                all hold as many.
 
         Raises:
             BudgetError: the bytes are too few for one page a head.
@@ -97,9 +102,14 @@ class Budget:
         if entries >= -(-length // page) * page:
             return entries
         if entries < page:
-            least = heads * (entry_bytes * page + head_bytes)
+            fewest = heads * (entry_bytes * page + head_bytes)
             raise BudgetError(
                 f"budget {self} is too few bytes for {heads} heads: one page of {page} entries a head, the least the "
-                f"store can hold, takes {least} bytes. Give at least that, or use a smaller page."
+                f"store can hold, takes {fewest} bytes. Give at least that, or use a smaller page."
             )
+        if least is not None:
+            pages = (int(self.amount) - heads * head_bytes) // (entry_bytes * page)
+            mean = min(pages * page // heads, length - 1)
+            if mean >= -(-least // page) * page:
+                return mean
         return entries // page * page

@@ -95,7 +95,7 @@ def test_bytes_held_are_within_a_budget_of_bytes(name: str) -> None:
     cache = prefill(tiny("llama"), text(1, PROMPT), combined(name, f"{size}B"), page=page, delimiters=DELIMITERS)
     cache.check_integrity()
     report = cache.report()
-    entry = report.full_bytes / (PROMPT * 4) + 8 + 4 * len(cache.state.layers[0].store.pool.planes)  # type: ignore[union-attr]
+    entry = report.full_bytes / (PROMPT * 4) + 4 + 4 * len(cache.state.layers[0].store.pool.planes)  # type: ignore[union-attr]
     assert report.entries * entry <= size
     assert report.bytes <= size + 2000  # tables and lengths
     assert report.entries < report.full_entries

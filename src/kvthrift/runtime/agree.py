@@ -136,7 +136,11 @@ class Agreement:
         size, fixed = entry_and_head_bytes(shape, store.dtype, self.page, form)
         size += _FLOAT_BYTES * (1 + planes)
         heads = self.layer_count * shape.kv_heads * store.batch
-        return [budget.entries(n, heads=heads, entry_bytes=size, page=self.page, head_bytes=fixed) for n in seen]
+        least = self.recipe.protect.entries if self.byte_pages.differ(self) and not self.needs.prompt else None
+        return [
+            budget.entries(n, heads=heads, entry_bytes=size, page=self.page, head_bytes=fixed, least=least)
+            for n in seen
+        ]
 
     @property
     def early(self) -> bool:

@@ -34,8 +34,7 @@ class BytePages:
             totals: ``[B]`` those of this layer, if they are known.
         """
         recipe, store = state.recipe, layer.store
-        even = recipe.layers.name == "uniform" and recipe.heads.uniform
-        if not _of_bytes(state) or store is None or even:
+        if store is None or not self.differ(state):
             return None
         heads, least = store.shape.kv_heads, recipe.protect.entries
         if recipe.layers.scope == "model" and totals is not None and not isinstance(totals, Tensor):
@@ -43,9 +42,13 @@ class BytePages:
         if recipe.reuse > 1:
             return PageRoom(rooms * heads, 1, state.page, least)  # the layers that copy it hold as much
         if layer.index == 0 or self._room is None:
-            each = rooms // state.page * state.page
-            self._room = PageRoom(each * heads * state.layer_count, state.layer_count, state.page, least)
+            self._room = PageRoom(rooms * heads * state.layer_count, state.layer_count, state.page, least)
         return self._room
+
+    def differ(self, state: Agreement) -> bool:
+        """Whether bytes are shared out page by page: heads or layers may hold unequal numbers of them."""
+        recipe = state.recipe
+        return _of_bytes(state) and not (recipe.layers.name == "uniform" and recipe.heads.uniform)
 
     def floor(self, state: Agreement) -> int:
         """Entries per head that a layer must be given for every head to have the pages it needs."""
