@@ -48,6 +48,8 @@ LLAMA = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+TRITON = {"attention_backend": "TRITON_ATTN"}
+INT4 = {**TRITON, "kv_cache_dtype": "int4_per_token_head"}
 ARMS: dict[str, dict[str, Any]] = {
     "stock": {},
     "stock fp8": {"kv_cache_dtype": "fp8"},
@@ -55,9 +57,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "adakv": {"method": "adakv"},
     "snapkv fp8": {"method": "snapkv", "kv_cache_dtype": "fp8"},
     "adakv fp8": {"method": "adakv", "kv_cache_dtype": "fp8"},
+    "stock int4": INT4,
+    "snapkv int4": {"method": "snapkv", **INT4},
+    "adakv int4": {"method": "adakv", **INT4},
     "snapkv eager": {"method": "snapkv", "enforce_eager": True},
-    "stock triton": {"attention_backend": "TRITON_ATTN"},
-    "adakv triton": {"method": "adakv", "attention_backend": "TRITON_ATTN"},
+    "stock triton": TRITON,
+    "adakv triton": {"method": "adakv", **TRITON},
 }
 
 

@@ -25,6 +25,7 @@ from tests.vllm.texts import prompts
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from kvthrift.integrations.transformers.embedded import embedded_path
 
@@ -45,6 +46,8 @@ class Run:
     """An engine, its pool, and what was seen."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
+        if asked.get("rival"):  # another plugin, which came first
+            register_backend(AttentionBackendEnum.CPU_ATTN, "tests.vllm.rival.Rival")
         extra = {"kvthrift": asked["kvthrift"]} if "kvthrift" in asked else {}
         more = {"num_gpu_blocks_override": asked["blocks"]} if "blocks" in asked else {}
         self.engine = LLM(
@@ -61,6 +64,7 @@ class Run:
             seed=0,
             **_device(asked),
             **more,
+            **asked.get("engine", {}),
         ).llm_engine
         core = self.engine.engine_core.engine_core
         self.scheduler, self.pool = core.scheduler, core.scheduler.kv_cache_manager.block_pool

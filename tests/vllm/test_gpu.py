@@ -6,8 +6,6 @@ Needs vLLM 0.26 and a GPU of compute capability 9.0; engines share it, so that t
 from __future__ import annotations
 
 import json
-from importlib import import_module
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,13 @@ pytest.importorskip("vllm")
 pytest.importorskip("openai")
 
 import torch
+from tests.rotated import attended, layer, off
+from tests.vllm.models import mixed_model, random_model
+from tests.vllm.names import missing
 from tests.vllm.running import engine, start
 from tests.vllm.serving import check_eight_clients, serving
 from tests.vllm.twin import Record, Rounding, in_int8, log_probabilities
 
-from kvthrift.integrations.transformers.embedded import embedded_path
 from kvthrift.integrations.vllm.contract import PRIVATE_GPU, check_served
 from kvthrift.integrations.vllm.plan import Policy, plan
 
@@ -41,15 +41,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 def test_every_private_name_is_there() -> None:
     assert check_served() == "cuda"
-    for path, parameters in PRIVATE_GPU.items():
-        module, _, name = path.partition(":")
-        found: Any = import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-        names = set(signature(found).parameters)
-        varied = any(p.kind is Parameter.VAR_KEYWORD for p in signature(found).parameters.values())
-        if not path.endswith(":RequestState"):  # its attributes are made by its constructor
-            assert varied or set(parameters) <= names, path
+    assert {path: lost for path, names in PRIVATE_GPU.items() if (lost := missing(path, names))} == {}
 
 
 def test_without_being_asked_it_is_vllm_as_it_was() -> None:
@@ -77,12 +69,13 @@ CACHES: dict[str, dict[str, Any]] = {
     "fp8 triton": {"cache": "fp8", "attention": "TRITON_ATTN"},
     "fp8 per token": {"cache": "fp8_per_token_head", "attention": "TRITON_ATTN"},
     "int8 per token": {"cache": "int8_per_token_head", "attention": "TRITON_ATTN"},
+    "int4 per token": {"cache": "int4_per_token_head", "attention": "TRITON_ATTN"},
 }
 
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("method", COMPRESSED)
-def test_a_cache_in_a_byte_a_number_gives_back_as_many_blocks(method: str, cache: str) -> None:
+def test_a_cache_of_fewer_bits_gives_back_as_many_blocks(method: str, cache: str) -> None:
     asked = {"requests": 8, "graphs": "full", **CACHES[cache]}
     (stock,), (found,) = (engine(**asked, **more) for more in ({}, {"kvthrift": {**COMPRESSED[method], "check": True}}))
     whole = [-(-(n + 10) // BLOCK) for n in found["prompt"]]
@@ -93,6 +86,22 @@ def test_a_cache_in_a_byte_a_number_gives_back_as_many_blocks(method: str, cache
     assert stock["right"] == [True] * 8
     assert sum(found["right"]) >= 7  # three bits of a number are few for a model as small as this one
     assert found["left"] == 0
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_four_bits_are_read_as_vllm_writes_and_reads_them(dim: int) -> None:
+    from vllm.v1.attention.ops.int4_per_token_head import reshape_and_cache_int4
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    from kvthrift.integrations.vllm.gpu_rotation import rotation_back
+
+    pages, blocks, numbers = layer(reshape_and_cache_int4, rotation_back(dim, torch.device("cuda")), 2)
+    for found, x in zip(pages.read(pages.of(blocks)), numbers, strict=True):
+        for head in range(pages.heads):
+            assert off(found[head][: len(x)], x[:, head]) < 0.15
+    found, want = attended(unified_attention, KVQuantMode.INT4_PER_TOKEN_HEAD, pages, blocks)
+    assert off(found, want) < 0.05  # queries and answers are rotated in 16 bits
 
 
 @pytest.mark.parametrize("method", COMPRESSED)
@@ -140,6 +149,16 @@ def _off(found: dict[str, Any], index: int, record: Record, rounding: Rounding |
     return sum(abs(a - b) for a, b in zip(want, found["logprobs"][index], strict=True)) / len(want)
 
 
+@pytest.mark.parametrize("method", COMPRESSED)
+def test_layers_with_a_window_are_left_as_they_are(method: str, tmp_path: Path) -> None:
+    asked = {"requests": 2, "model": mixed_model(tmp_path), "attention": "TRITON_ATTN", "graphs": "full"}
+    (stock,), (found,) = (engine(**asked, **more) for more in ({}, {"kvthrift": {**COMPRESSED[method], "check": True}}))
+    dropped = sum(plan(n, n, BLOCK, Policy(entries=256)).dropped for n in found["prompt"])
+    before, after = ([step["used"] for step in run["steps"] if step["decoding"] == 2] for run in (stock, found))
+    assert before[-1] - after[-1] == dropped
+    assert found["left"] == 0
+
+
 def test_preempted_requests_are_read_anew() -> None:
     asked = {**COMPRESSED["adakv"], "check": True}
     (found,) = engine(requests=4, tokens=500, blocks=72, graphs="full", kvthrift=asked)
@@ -156,28 +175,6 @@ def test_a_server_answers_eight_clients(cache: str, number_bytes: int, tmp_path:
     assert log.read_text().count("kvthrift: adakv, 256 entries a head") == 1
 
 
-def _random(folder: Path) -> str:
-    """A Llama with eight KV heads and nobody's weights."""
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-
-    config = AutoConfig.from_pretrained(str(embedded_path()))
-    sizes: dict[str, Any] = {
-        "num_hidden_layers": 3,
-        "hidden_size": 512,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-    }
-    sizes |= {"head_dim": 64, "intermediate_size": 1024, "tie_word_embeddings": False, "initializer_range": 0.08}
-    for name, size in sizes.items():
-        setattr(config, name, size)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:3]
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(embedded_path())).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_keep_and_say_what_one_does(tmp_path: Path) -> None:
     asked: dict[str, Any] = {
@@ -188,7 +185,7 @@ def test_two_gpus_keep_and_say_what_one_does(tmp_path: Path) -> None:
         "graphs": "full",
     }
     asked["env"] = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    model = _random(tmp_path / "model")
+    model = random_model(tmp_path / "model")
     one, two = (engine(**asked, model=model, tp=n, kvthrift={"method": "snapkv", "budget": 256})[0] for n in (1, 2))
     assert len({token for answer in one["tokens"] for token in answer}) > 20  # or agreeing would say nothing
     assert one["tokens"] == two["tokens"]
@@ -203,14 +200,7 @@ def test_two_gpus_keep_and_say_what_one_does(tmp_path: Path) -> None:
         ({"kvthrift": {"method": "h2o", "budget": 64}}, "column sums"),
         ({"kvthrift": {"method": "snapkv", "budget": 64, "chunks": True}, "async": True}, "no-async-scheduling"),
         ({"kvthrift": {"method": "snapkv", "budget": 64}, "attention": "FLEX_ATTENTION"}, "FLASH_ATTN"),
-        (
-            {
-                "kvthrift": {"method": "snapkv", "budget": 64},
-                "attention": "TRITON_ATTN",
-                "cache": "int4_per_token_head",
-            },
-            "dtype int4_per_token_head",
-        ),
+        ({"kvthrift": {"method": "snapkv", "budget": 64}, "cache": "turboquant_k8v4"}, "dtype turboquant_k8v4"),
     ],
 )
 def test_what_cannot_be_honoured_stops_the_start(wrong: dict[str, Any], word: str) -> None:

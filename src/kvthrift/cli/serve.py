@@ -12,7 +12,7 @@ from rich.console import Console
 from kvthrift.cli import options as o
 from kvthrift.cli.choose import choose_recipe
 from kvthrift.integrations.vllm.contract import check_served, installed
-from kvthrift.integrations.vllm.serving import command, flag, outlook, settings_for
+from kvthrift.integrations.vllm.serving import command, flag, forecast, settings_for, shape_of
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}  # what we do not know is vLLM's
 PROMPTS = (2048, 8192, 32768)
@@ -53,18 +53,17 @@ def serve(
     asked: dict[str, Any] = {"recipe": chosen.plain()}
     flags = {"chunks": chunks, "groups": groups, "check": check}
     asked |= {key: value for key, value in flags.items() if value}
-    settings = settings_for(model, asked, flag(context.args, "--kv-cache-dtype") or "auto")
+    shape = shape_of(model, flag(context.args, "--kv-cache-dtype") or "auto")
+    settings = settings_for(shape, asked)
     words = command(model, asked, context.args)
     console = Console(stderr=True)
     console.print(f"[bold]kvthrift[/bold] in vLLM {installed()}: {settings}", soft_wrap=True, highlight=False)
     given = flag(context.args, "--block-size")
     block = int(given) if given.isdigit() and int(given) else BLOCKS[device]
+    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "") if device == "cpu" else ""
+    pool = shape.pool(context.args, space, block, len(settings.classes))
     for prompt in PROMPTS:
-        whole, kept = outlook(settings, prompt, block)
-        more = f"{whole / kept:.1f} times as many decode in the same memory" if kept < whole else "all is kept"
-        console.print(
-            f"  a prompt of {prompt:,} tokens keeps {kept:,} of {whole:,} blocks of {block}: {more}", soft_wrap=True
-        )
+        console.print(f"  {forecast(settings, shape, prompt, block, pool)}", soft_wrap=True, highlight=False)
     if dry_run:
         console.print(shlex.join(words), soft_wrap=True, highlight=False)
         return

@@ -1,4 +1,4 @@
-"""Caches in a byte a number: what cells say, and that they are moved bit by bit."""
+"""Caches of fewer bits: what cells say, and that they are moved bit by bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvthrift.errors import UnsupportedModelError
-from kvthrift.integrations.vllm.cells import PLAIN, cell_bytes, cells_of, pick, shown
+from kvthrift.integrations.vllm.cells import PLAIN, ROTATED, cell_bytes, cells_of, pick, shown, unserved
 from kvthrift.integrations.vllm.gpu_pages import Pages
 from kvthrift.integrations.vllm.settings import KEY, read_settings
 
@@ -80,13 +80,14 @@ def test_queries_in_fp8_are_read_with_their_scale() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("name", ["fp8", "int8_per_token_head"])
+@pytest.mark.parametrize("name", ["fp8", "int8_per_token_head", ROTATED])
 def test_cells_are_moved_bit_by_bit(name: str, layers: int) -> None:
     """Bytes of every kind, of which some are no numbers at all."""
-    width = DIM + (4 if "token" in name else 0)
+    width = cell_bytes(name, DIM, torch.bfloat16)
     kind = torch.int8 if "int8" in name else torch.uint8
     cache = torch.randint(0, 256, (BLOCKS, layers, HEADS, SIZE, 2 * width), dtype=torch.uint8).view(kind)[:, -1]
-    pages, was = Pages(cache, cells_of(name, 0.1, 0.2, torch.bfloat16)), cache.clone()
+    back = torch.eye(DIM) if name == ROTATED else None
+    pages, was = Pages(cache, cells_of(name, 0.1, 0.2, torch.bfloat16, back)), cache.clone()
     assert (pages.dim, pages.keys.shape[-1]) == (DIM, width)
     blocks = torch.tensor([4, 0, 2])
     source, there = pages.of(blocks), pages.shared_out(blocks[1:], [3, 1, 2])
@@ -124,6 +125,16 @@ def test_a_budget_in_bytes_counts_the_bytes_of_the_cache() -> None:
         assert found is not None
         return found.policy.entries
 
-    half, whole = (entries(2 * cell_bytes(name, 64, torch.bfloat16)) for name in ("auto", "fp8"))
+    half, whole, more = (entries(2 * cell_bytes(name, 64, torch.bfloat16)) for name in ("auto", "fp8", ROTATED))
     assert half == 2**20 // (2 * HEADS * 256)
     assert whole == 2**20 // (2 * HEADS * 128)
+    assert more == 2**20 // (2 * HEADS * 72)
+
+
+@pytest.mark.parametrize("name", ["turboquant_k8v4", "turboquant_4bit_nc", "ultraquant_4bit", "nvfp4", "nvfp4_4over6"])
+def test_other_caches_of_few_bits_are_refused_with_the_reason(name: str) -> None:
+    assert (unserved(name, "cuda") or "").startswith(f"{name} (")
+    assert unserved(ROTATED, "cuda") is None
+    assert unserved(ROTATED, "cpu") == ROTATED
+    assert unserved("fp8_e5m2", "cpu") is None
+    assert unserved("fp8_e5m2", "cuda") == "fp8_e5m2 (not tested on GPUs)"

@@ -58,6 +58,7 @@ def parameters(node: ast.ClassDef | ast.FunctionDef) -> set[str]:
         names = {one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)}
         return names | ({"**"} if given.kwarg else set())
     found = {one.target.id for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)}
+    found |= {one.name for one in node.body if isinstance(one, ast.FunctionDef)}
     for one in ast.walk(node):
         if isinstance(one, ast.Attribute) and isinstance(one.ctx, ast.Store):
             found.add(one.attr)

@@ -12,7 +12,7 @@ from kvthrift.allocate import BudgetLayers
 from kvthrift.errors import BudgetError, KvthriftError, OptionError, RecipeError, UnsupportedModelError
 from kvthrift.integrations.vllm.contract import check_version
 from kvthrift.integrations.vllm.plan import Policy
-from kvthrift.integrations.vllm.serving import command, flag, outlook
+from kvthrift.integrations.vllm.serving import Shape, command, flag, forecast, outlook
 from kvthrift.integrations.vllm.settings import Settings, read_settings
 from kvthrift.recipe import Trigger
 
@@ -98,6 +98,9 @@ def test_unequal_layers_are_classes_with_the_mean_of_theirs() -> None:
         ({"recipe": LATE.plain(), "chunks": True}, RecipeError, "chunks would not"),
         ({"method": "snapkv", "budget": 64, "merge": "fold"}, RecipeError, "folds"),
         ({"method": "snapkv", "budget": 0}, BudgetError, "nothing"),
+        ({"method": "snapkv", "budget": "100%"}, RecipeError, "keeps the whole prompt"),
+        ({"method": "kvzip", "budget": 64}, RecipeError, "a second pass"),
+        ({"method": "sablock", "budget": 64}, RecipeError, "segments of the text"),
         ({"method": "snapkv", "budget": 8}, OptionError, "always keeps 32"),
         ({"method": "snapkv", "budget": "1KiB"}, OptionError, "always keeps 32"),
         ({"budget": 64}, OptionError, "method"),
@@ -130,10 +133,48 @@ def test_what_a_start_says() -> None:
     assert outlook(share, 4096, 16) == (256, 65)  # a quarter, and each class rounded up to whole blocks
 
 
+def test_a_budget_that_no_request_outgrows_is_known() -> None:
+    def idle(length: int, **asked: Any) -> bool:
+        found = read({"method": "snapkv", **asked})
+        assert found is not None
+        return found.idle(length, 16)
+
+    assert idle(2048, budget=2048)
+    assert idle(2063, budget=2048)
+    assert not idle(2064, budget=2048)
+    assert not idle(2048, budget="50%")
+    assert not idle(2048, budget="100%", every=64)  # an answer grows
+    assert idle(2048, budget=2048, every=64, chunks=True)
+
+
+def test_what_is_expected_of_a_pool() -> None:
+    shape = Shape(30, 3, 256)
+    small = ["--num-gpu-blocks-override=131"]
+    assert shape.pool(small, "", 32, 1) == 131
+    assert shape.pool(small, "", 32, 3) == 43
+    assert shape.pool([], "1", 32, 1) == 2**30 // (30 * 3 * 256 * 32)
+    for text, size in (("1G", 2**30), ("1g", 10**9), ("0.5g", 5 * 10**8), ("1000000", 10**6)):
+        assert shape.pool(["--kv-cache-memory-bytes", text], "", 16, 1) == size // (30 * 3 * 256 * 16)
+    assert shape.pool(["-tp", "3", "--kv-cache-memory-bytes", "1G"], "", 16, 1) == 2**30 // (30 * 256 * 16)
+    assert shape.pool(["--kv-cache-memory-bytes", "much"], "", 16, 1) is None
+    assert shape.pool([], "", 16, 1) is None
+    found = read({"method": "adakv", "budget": 256})
+    assert found is not None
+    assert forecast(found, shape, 1503, 32, 131) == (
+        "a prompt of 1,503 tokens keeps 9 of 47 blocks of 32: 5.2 times as many decode in the same memory, about 14 at "
+        "a time instead of 2"
+    )
+    assert forecast(found, shape, 1503, 32, None).endswith("in the same memory")
+    assert forecast(found, shape, 200, 32, 131) == "a prompt of 200 tokens keeps 7 of 7 blocks of 32: all is kept"
+    assert forecast(found, Shape(30, 3, 256, 25), 1503, 32, 131).endswith(
+        "in 5 of 30 layers; the others stay as they are"
+    )
+
+
 def test_only_tested_versions_are_served() -> None:
-    check_version("0.32.0+cpu")
-    check_version("0.32.1")
-    for version in ("0.31.0", "0.33.0", "1.0.0"):
+    for version in ("0.32.0+cpu", "0.32.1", "0.27.1"):
+        check_version(version)
+    for version in ("0.26.0", "0.33.0", "1.0.0"):
         with pytest.raises(UnsupportedModelError, match=version):
             check_version(version)
 

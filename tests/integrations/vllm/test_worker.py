@@ -22,6 +22,7 @@ from kvthrift.integrations.vllm.worker import (
     check_blocks,
     read_rows,
     refuse_attention,
+    refuse_split,
     refuse_together,
     shifted,
 )
@@ -134,7 +135,7 @@ def config(device: str = "cuda", **changed: Any) -> Any:
         ({"pipeline_parallel_size": 2}, "pipeline"),
         ({"use_ubatching": True}, "DBO"),
         ({"cache_dtype": "nvfp4"}, "dtype nvfp4"),
-        ({"cache_dtype": "int4_per_token_head"}, "dtype int4"),
+        ({"cache_dtype": "turboquant_4bit_nc"}, r"dtype turboquant_4bit_nc \(a backend"),
         ({"cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}, "unequal dtypes"),
         ({"prefix": True}, "bidirectional"),
     ],
@@ -147,7 +148,12 @@ def test_what_was_not_shown_to_be_right_is_refused(device: str, changed: dict[st
 
 
 @pytest.mark.parametrize(
-    ("device", "other", "name"), [("cpu", "cuda", "fp8_e5m2"), ("cuda", "cpu", "int8_per_token_head")]
+    ("device", "other", "name"),
+    [
+        ("cpu", "cuda", "fp8_e5m2"),
+        ("cuda", "cpu", "int8_per_token_head"),
+        ("cuda", "cpu", "int4_per_token_head"),
+    ],
 )
 def test_a_cache_dtype_is_served_where_vllm_has_it(device: str, other: str, name: str) -> None:
     for one in ("fp8", "fp8_e4m3", name):
@@ -182,7 +188,8 @@ def test_chunks_need_blocks_back_at_once() -> None:
         ({"sinks": torch.ones(2)}, "sinks"),
         ({"kv_sharing_target_layer_name": "other"}, "another layer's"),
         ({"attn_type": "encoder"}, "both sides"),
-        ({"kv_cache_dtype": "nvfp4"}, "cache in nvfp4"),
+        ({"kv_cache_dtype": "nvfp4"}, r"cache in nvfp4 \(FlashInfer"),
+        ({"kv_cache_dtype": "int4_per_token_head", "head_size": 96}, "heads of 96 numbers"),
     ],
 )
 def test_attention_that_is_not_plain_is_refused(changed: dict[str, Any], word: str) -> None:
@@ -193,11 +200,19 @@ def test_attention_that_is_not_plain_is_refused(changed: dict[str, Any], word: s
         "kv_sharing_target_layer_name": None,
         "attn_type": "decoder",
         "kv_cache_dtype": "auto",
+        "head_size": 64,
     }
     refuse_attention(SimpleNamespace(**plain), "cpu")
-    refuse_attention(SimpleNamespace(**{**plain, "kv_cache_dtype": "fp8"}), "cuda")
+    for name in ("fp8", "int4_per_token_head"):
+        refuse_attention(SimpleNamespace(**{**plain, "kv_cache_dtype": name}), "cuda")
     with pytest.raises(UnsupportedModelError, match=word):
         refuse_attention(SimpleNamespace(**{**plain, **changed}), "cuda")
+
+
+def test_blocks_that_a_kernel_splits_are_refused() -> None:
+    refuse_split(16, 16)
+    with pytest.raises(UnsupportedModelError, match="--block-size 16"):
+        refuse_split(784, 16)
 
 
 def test_numbers_of_another_model_are_refused() -> None:

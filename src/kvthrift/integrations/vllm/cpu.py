@@ -23,7 +23,7 @@ from kvthrift.integrations.vllm.cpu_pages import Pages
 from kvthrift.integrations.vllm.cpu_ragged import attend
 from kvthrift.integrations.vllm.moves import compact
 from kvthrift.integrations.vllm.plan import Plan
-from kvthrift.integrations.vllm.runner import asked_layer, layer_index, rows, unfinished, watch_layers, watch_runner
+from kvthrift.integrations.vllm.runner import give_specs, layer_index, rows, unfinished, watch_runner
 from kvthrift.integrations.vllm.settings import Settings
 from kvthrift.integrations.vllm.spec import compressed, freed
 
@@ -37,7 +37,6 @@ class KvthriftCPUBuilder(CPUAttentionMetadataBuilder):
         self.kvthrift = None if self.policy is None else worker.settings_of(vllm_config)
         if self.kvthrift is not None:
             watch_runner()
-            worker.say_once(self.kvthrift, self.block_size)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """As vLLM's; the metadata also says what the step means for each request."""
@@ -70,7 +69,7 @@ class KvthriftCPUImpl(CPUAttentionBackendImpl):
         if settings is not None:
             from vllm.model_executor.layers.attention import Attention
 
-            watch_layers(Attention)
+            give_specs(Attention, _give)
             if self.sliding_window == -1:
                 worker.refuse_attention(self, "cpu")
         KvthriftCPUBackend.settings = settings
@@ -130,11 +129,6 @@ class KvthriftCPUBackend(CPUAttentionBackend):
 
     settings: ClassVar[Settings | None] = None
 
-    @classmethod
-    def customize_spec(cls, spec: Any) -> Any:
-        """Give full-attention layers their policy."""
-        return spec if cls.settings is None else compressed(spec, cls.settings, asked_layer)
-
     @staticmethod
     def get_impl_cls() -> type[KvthriftCPUImpl]:
         """Ours."""
@@ -144,3 +138,11 @@ class KvthriftCPUBackend(CPUAttentionBackend):
     def get_builder_cls() -> type[KvthriftCPUBuilder]:
         """Ours."""
         return KvthriftCPUBuilder
+
+
+def _give(layer: Any, config: Any, spec: Any) -> Any:
+    """A layer's cache spec, with its policy where it is of a kind that is compressed and its kernels are ours."""
+    settings = worker.settings_of(config)
+    if settings is None or spec is None or not issubclass(layer.get_attn_backend(), KvthriftCPUBackend):
+        return spec
+    return compressed(spec, settings, partial(layer_index, layer.layer_name))

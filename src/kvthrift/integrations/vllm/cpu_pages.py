@@ -18,6 +18,11 @@ from kvthrift.integrations.vllm.cells import cells_of
 _BITS = 3  # of a number that even fp8 holds exactly
 
 
+def kernel_of(layer: Any) -> str:
+    """Which of vLLM's CPU kernels a layer uses; until 0.28 only its implementation knew."""
+    return str(layer.isa if hasattr(layer, "isa") else layer.impl.isa)
+
+
 class Pages:
     """One layer's cache as pages of one head.
 
@@ -73,7 +78,7 @@ class Pages:
         Learnt by storing numbered tokens, a few bits at a time.
         """
         kind = self._parts[0].dtype
-        known = (self._layer.isa, self.size, self._dim, self._dtype, self._name)
+        known = (kernel_of(self._layer), self.size, self._dim, self._dtype, self._name)
         if known not in self._orders:
             page = torch.zeros(1, 1, 2 * self.size, self._dim, dtype=kind)
             parts = page.chunk(2, dim=2)
@@ -92,5 +97,5 @@ class Pages:
         """Let the kernel write the tokens ``[size, 1, D]`` of a page, as keys and as values."""
         slots = torch.arange(self.size)
         ops.cpu_attn_reshape_and_cache(
-            numbers, numbers, *parts, slots, self._layer.isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype=self._name
+            numbers, numbers, *parts, slots, kernel_of(self._layer), k_scale=1.0, v_scale=1.0, kv_cache_dtype=self._name
         )

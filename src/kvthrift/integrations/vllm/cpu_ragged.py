@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 
 from kvthrift.integrations.vllm.books import Book
+from kvthrift.integrations.vllm.cpu_pages import kernel_of
 from kvthrift.integrations.vllm.worker import Step
 
 
@@ -52,7 +53,7 @@ def attend(
         query_start_loc=begins,
         causal=True,
         sliding_window_size=-1,
-        isa=layer.isa,
+        isa=kernel_of(layer),
         enable_kv_split=True,
         kv_cache_dtype=impl.kv_cache_dtype,
     )

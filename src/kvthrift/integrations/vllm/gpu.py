@@ -15,10 +15,11 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 from kvthrift.errors import UnsupportedModelError
 from kvthrift.integrations.vllm import worker
-from kvthrift.integrations.vllm.cells import Cells, cells_of
+from kvthrift.integrations.vllm.cells import ROTATED, Cells, cells_of
 from kvthrift.integrations.vllm.gpu_heads import HeadStep
 from kvthrift.integrations.vllm.gpu_pages import Pages
 from kvthrift.integrations.vllm.gpu_queries import Queries
+from kvthrift.integrations.vllm.gpu_rotation import rotation_back
 from kvthrift.integrations.vllm.gpu_step import Step, Steps, extra
 from kvthrift.integrations.vllm.runner import Rows, give_specs, layer_index, rows, watch_runner
 from kvthrift.integrations.vllm.settings import Settings
@@ -62,7 +63,9 @@ def query_scale(layer: Any, query: Tensor) -> Tensor | None:
 
 
 def _cells(layer: Any, dtype: torch.dtype) -> Cells:
-    return cells_of(layer.impl.kv_cache_dtype, layer._k_scale, layer._v_scale, dtype)
+    name, scales = layer.impl.kv_cache_dtype, (layer._k_scale, layer._v_scale)
+    back = rotation_back(layer.impl.head_size, layer._k_scale.device) if name == ROTATED else None
+    return cells_of(name, *scales, dtype, back)
 
 
 class Builder(_Builder):
@@ -79,11 +82,7 @@ class Builder(_Builder):
             return
         watch_runner()
         block = kv_cache_spec.block_size
-        if block != vllm_config.cache_config.block_size:
-            raise UnsupportedModelError(
-                f"vLLM splits its blocks of {vllm_config.cache_config.block_size} tokens into {block} for this kernel, "
-                f"which kvthrift does not follow. Start with --block-size {block}."
-            )
+        worker.refuse_split(vllm_config.cache_config.block_size, block)
         self.supports_update_block_table = False
         context = vllm_config.compilation_config.static_forward_context
         names = {layer_index(name): name for name in layer_names}
@@ -103,7 +102,6 @@ class Builder(_Builder):
             cells={n: _cells(context[name], vllm_config.model_config.dtype) for n, name in names.items()},
         )
         self._late = bool(vllm_config.scheduler_config.async_scheduling)
-        worker.say_once(settings, block)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:

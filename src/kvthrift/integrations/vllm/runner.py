@@ -1,8 +1,8 @@
 """What the worker's model runner knows of each row of a batch. The one place that touches it.
 
-vLLM hands a backend's metadata builder the batch, but not each request's prompt length or id, and asks a backend about
-a layer's cache without saying which layer. A few private methods of its two runners and one method of attention layers
-are wrapped to learn that (``contract.py`` lists them).
+vLLM hands a backend's metadata builder the batch, but not each request's prompt length or id, and tells no backend
+which layer a cache is for. A few private methods of its two runners, one method of attention layers and the function
+that groups them are wrapped for that (``contract.py`` lists them).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ _FIRST = "vllm.v1.worker.gpu_model_runner"
 _SECOND = "vllm.v1.worker.gpu.model_runner"
 _current: list[tuple[Any, Any]] = []  # the runner whose metadata is being built, and its batch
 _preempted: set[str] = set()
-_asked: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -72,19 +71,6 @@ def _second_pretends(*_: Any, **__: Any) -> None:
     _current.clear()
 
 
-def watch_layers(attention: Any) -> None:
-    """Learn from now on which layer is asked for its cache spec, which vLLM does not tell a backend; once a process.
-
-    Args:
-        attention: vLLM's attention layer class.
-    """
-
-    def ask(layer: Any, *_: Any, **__: Any) -> None:
-        _asked[:] = [layer.layer_name]
-
-    _wrap(attention, "get_kv_cache_spec", ask)
-
-
 def give_specs(attention: Any, give: Callable[[Any, Any, Any], Any]) -> None:
     """Let ``give(layer, config, spec)`` have the last word on each layer's cache spec; once a process.
 
@@ -103,8 +89,8 @@ def give_specs(attention: Any, give: Callable[[Any, Any, Any], Any]) -> None:
     attention.get_kv_cache_spec = ask
 
 
-def watch_groups(module: Any, check: Callable[[Any, Any], None]) -> None:
-    """Let ``check(config, specs)`` see all layers' cache specs before vLLM groups them; once a process.
+def watch_groups(module: Any, check: Callable[[Any, Any, Any], None]) -> None:
+    """Let ``check(config, specs, groups)`` see how vLLM groups all layers by their cache specs; once a process.
 
     Args:
         module: vLLM's, that groups them.
@@ -114,23 +100,14 @@ def watch_groups(module: Any, check: Callable[[Any, Any], None]) -> None:
     if getattr(stock, "kvthrift", False):
         return
 
-    def group(config: Any, specs: Any) -> Any:
-        check(config, specs)
-        return stock(config, specs)
+    def group(vllm_config: Any, kv_cache_spec: Any) -> Any:
+        asked = dict(kv_cache_spec)  # vLLM changes its own
+        found = stock(vllm_config, kv_cache_spec)
+        check(vllm_config, asked, found)
+        return found
 
     group.kvthrift = True  # type: ignore[attr-defined]
     module.get_kv_cache_groups = group
-
-
-def asked_layer() -> int:
-    """Index of the layer that was asked for its cache spec just now.
-
-    Raises:
-        UnsupportedModelError: it was of a kind that could not be watched.
-    """
-    if not _asked:
-        raise UnsupportedModelError("a layer of this model gave its cache spec unseen, so its budget cannot be told.")
-    return layer_index(_asked.pop())
 
 
 def layer_index(name: str) -> int:

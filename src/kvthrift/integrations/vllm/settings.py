@@ -13,7 +13,7 @@ from kvthrift.budget import Budget
 from kvthrift.core import Signals
 from kvthrift.errors import OptionError, RecipeError
 from kvthrift.integrations.vllm.layers import answers_beforehand, policies
-from kvthrift.integrations.vllm.plan import Policy
+from kvthrift.integrations.vllm.plan import Policy, plan
 from kvthrift.methods import method
 from kvthrift.recipe import Recipe
 
@@ -51,6 +51,10 @@ class Settings:
     def follows(self) -> bool:
         """Whether a request may be compressed more than once."""
         return self.policy.every is not None or self.policy.chunk is not None
+
+    def idle(self, length: int, block: int) -> bool:
+        """Whether no request of at most ``length`` tokens, prompt and answer, gives back a block of so many."""
+        return not any(plan(prompt, length, block, one).dropped for one in self.classes for prompt in (1, length))
 
     def __str__(self) -> str:
         policy = self.policy
@@ -126,6 +130,10 @@ def refuse(recipe: Recipe, *, chunks: bool = False) -> None:
     trigger = recipe.trigger
     reasons = {
         "has no budget, so nothing would be given back": recipe.budget is None,
+        "keeps the whole prompt, so nothing would be given back": recipe.budget is not None
+        and recipe.budget.unit == "share"
+        and recipe.budget.amount >= 1
+        and trigger.every is None,
         "gives layers budgets that depend on the text, which the scheduler never sees": recipe.layers.name != "uniform"
         and not answers_beforehand(recipe.layers),
         "folds entries, and vLLM's kernels take no logit bias": recipe.merge.biased or recipe.merge.name != "evict",

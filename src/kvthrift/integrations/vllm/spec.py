@@ -5,6 +5,7 @@ Built on vLLM's registry of cache specs and on subclassing; imported only inside
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,7 +19,7 @@ from kvthrift.errors import UnsupportedModelError
 from kvthrift.integrations.vllm.layers import MOST
 from kvthrift.integrations.vllm.plan import Policy, plan, untouched
 from kvthrift.integrations.vllm.settings import Settings
-from kvthrift.integrations.vllm.worker import settings_of
+from kvthrift.integrations.vllm.worker import say_once, settings_of
 
 _managers: WeakSet[CompressedManager] = WeakSet()  # of this process, for checks
 
@@ -132,18 +133,38 @@ def _kind(number: int) -> type[CompressedSpec]:
 KINDS = tuple(_kind(number) for number in range(MOST))
 
 
-def check_compressed(config: Any, specs: dict[str, Any]) -> None:
-    """Refuse an engine that was asked to compress and has no layer that is, so that nothing runs uncompressed unsaid.
+def check_compressed(config: Any, specs: dict[str, Any], groups: Any, taken: Callable[[], dict[str, str]]) -> None:
+    """Refuse an engine that was asked to compress and does not, so that nothing runs uncompressed unsaid.
+
+    Args:
+        config: of the engine.
+        specs: of its layers.
+        groups: that vLLM makes of them.
+        taken: tells attention backends that another plugin has replaced.
 
     Raises:
         UnsupportedModelError: its attention backend is another, or its layers are of other kinds.
     """
-    if settings_of(config) is not None and not any(isinstance(spec, CompressedSpec) for spec in specs.values()):
+    settings = settings_of(config)
+    if settings is None:
+        return
+    ours = {name for name, spec in specs.items() if isinstance(spec, CompressedSpec)}
+    if not ours:
+        others = "".join(f" {name} is {path}, another plugin's." for name, path in taken().items())
         raise UnsupportedModelError(
             "none of this engine's layers is compressed by kvthrift: they have no full attention, or another attention "
-            "backend than FLASH_ATTN and TRITON_ATTN. Start with --attention-backend FLASH_ATTN, or leave kvthrift out "
-            "of --additional-config."
+            f"backend than CPU_ATTN, FLASH_ATTN and TRITON_ATTN.{others} On a GPU start with --attention-backend "
+            "FLASH_ATTN, beside other plugins with VLLM_PLUGINS=kvthrift, or leave kvthrift out of --additional-config."
         )
+    mine = [group for group in groups if ours & set(group.layer_names)]
+    if not all(isinstance(group.kv_cache_spec, CompressedSpec) for group in mine):
+        raise UnsupportedModelError(
+            "vLLM keeps layers that kvthrift compresses in one group with layers that it does not, so that nothing "
+            "would be given back. Leave --disable-hybrid-kv-cache-manager out, or kvthrift out of --additional-config."
+        )
+    left = Counter(type(spec).__name__.removesuffix("Spec") for name, spec in specs.items() if name not in ours)
+    block, length = mine[0].kv_cache_spec.block_size, config.model_config.max_model_len
+    say_once(settings, block, length=length, layers=len(ours), left=left)
 
 
 def compressed(spec: Any, settings: Settings, layer: Callable[[], int]) -> Any:

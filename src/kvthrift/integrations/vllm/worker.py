@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvthrift.errors import CacheStateError, ModelMismatchError, UnsupportedModelError
 from kvthrift.integrations.transformers.facts import config_fingerprint
-from kvthrift.integrations.vllm.cells import SERVED, cell_bytes
+from kvthrift.integrations.vllm.cells import ROTATED, cell_bytes, unserved
 from kvthrift.integrations.vllm.plan import Plan, Policy, plan, untouched
 from kvthrift.integrations.vllm.runner import Rows
 from kvthrift.integrations.vllm.settings import KEY, Settings, read_settings
@@ -105,6 +105,7 @@ def _refuse(config: Any) -> None:
     """
     parallel, cache, device = config.parallel_config, config.cache_config, config.device_config.device_type
     cpu = device == "cpu"
+    refused = unserved(cache.cache_dtype, device)
     reasons = {
         "a KV connector (offload or disaggregation)": config.kv_transfer_config is not None,
         "speculative decoding": config.speculative_config is not None,
@@ -117,7 +118,7 @@ def _refuse(config: Any) -> None:
         "two batches at a time (DBO)": bool(getattr(parallel, "use_ubatching", False)),
         "asynchronous scheduling on a CPU": cpu and bool(config.scheduler_config.async_scheduling),
         "bidirectional prefixes": bool(getattr(config.model_config, "is_mm_prefix_lm", False)),
-        f"the KV cache dtype {cache.cache_dtype}": cache.cache_dtype not in SERVED.get(device, ()),
+        f"the KV cache dtype {refused}": refused is not None,
         "layers with KV caches of unequal dtypes": bool(getattr(cache, "kv_cache_dtype_skip_layers", ())),
     }
     found = [reason for reason, true in reasons.items() if true]
@@ -151,13 +152,15 @@ def refuse_attention(impl: Any, device: str) -> None:
     Raises:
         UnsupportedModelError: with what it has.
     """
+    refused, dim = unserved(impl.kv_cache_dtype, device), impl.head_size
     has = {
         "a logit soft-cap": impl.logits_soft_cap,
         "ALiBi": impl.alibi_slopes,
         "learned sinks": impl.sinks,
         "another layer's cache": impl.kv_sharing_target_layer_name,
         "attention to both sides or to an encoder": impl.attn_type != "decoder",
-        f"a cache in {impl.kv_cache_dtype}": impl.kv_cache_dtype not in SERVED[device],
+        f"a cache in {refused}": refused is not None,
+        f"heads of {dim} numbers, which vLLM cannot rotate,": impl.kv_cache_dtype == ROTATED and bool(dim & dim - 1),
     }
     found = [name for name, value in has.items() if value is not None and (isinstance(value, Tensor) or value)]
     if found:
@@ -166,11 +169,41 @@ def refuse_attention(impl: Any, device: str) -> None:
         )
 
 
-def say_once(settings: Settings, block: int) -> None:
-    """One line in vLLM's log when an engine starts."""
+def refuse_split(block: int, kernel: int) -> None:
+    """Refuse blocks that a kernel sees as several: what is given back is whole blocks, and what it reads is not.
+
+    Args:
+        block, kernel: tokens a block, to the scheduler and to the kernel.
+
+    Raises:
+        UnsupportedModelError: they differ.
+    """
+    if block != kernel:
+        raise UnsupportedModelError(
+            f"vLLM splits its blocks of {block} tokens into {kernel} for this kernel, which kvthrift does not follow. "
+            f"Start with --block-size {kernel}."
+        )
+
+
+def say_once(settings: Settings, block: int, *, length: int, layers: int, left: Mapping[str, int]) -> None:
+    """One line in vLLM's log when an engine starts.
+
+    Args:
+        settings: of the server.
+        block: tokens a block.
+        length: tokens of the longest request.
+        layers: that are compressed.
+        left: that stay whole: how many of each kind.
+    """
     from vllm.logger import init_logger
 
-    init_logger("vllm.kvthrift").info_once("kvthrift: %s of %d tokens", str(settings), block)
+    words = [f"kvthrift: {settings}, blocks of {block} tokens"]
+    if left:
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in left.items())
+        words.append(f"{layers} of {layers + sum(left.values())} layers, the others stay whole ({kinds})")
+    if settings.idle(length, block):
+        words.append(f"no request of at most {length:,} tokens outgrows that, so nothing will be given back")
+    init_logger("vllm.kvthrift").info_once("%s", "; ".join(words))
 
 
 def read_rows(
