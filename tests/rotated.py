@@ -11,6 +11,7 @@ from kvthrift.integrations.vllm.cells import ROTATED, Cells, cell_bytes, cells_o
 from kvthrift.integrations.vllm.gpu_pages import Pages
 
 HEADS, SIZE, BLOCKS = 3, 16, 6
+TOKENS = 72  # with the heads a multiple of 8: on a GPU vLLM rotates what is over wrongly (vllm#57014)
 
 
 def hadamard(dim: int) -> Tensor:
@@ -51,7 +52,7 @@ def by_block(scales: Tensor, step: int) -> Tensor:
 
 
 def layer(write: Any, back: Tensor, layers: int = 1) -> tuple[Pages, Tensor, list[Tensor]]:
-    """A layer's pages in which vLLM wrote 70 tokens, the blocks they are in, and keys and values ``[n, H, D]``.
+    """A layer's pages in which vLLM wrote 72 tokens, the blocks they are in, and keys and values ``[n, H, D]``.
 
     Args:
         write: vLLM's function.
@@ -62,10 +63,11 @@ def layer(write: Any, back: Tensor, layers: int = 1) -> tuple[Pages, Tensor, lis
     width = cell_bytes(ROTATED, dim, torch.bfloat16)
     cache = torch.zeros(BLOCKS, layers, HEADS, SIZE, 2 * width, dtype=torch.uint8, device=device)[:, -1]
     pages, blocks = Pages(cache, form(back)), torch.tensor([4, 1, 5, 2, 3], device=device)
-    numbers = [torch.randn(70, HEADS, dim) * torch.rand(70, HEADS, 1) * 5 + torch.randn(HEADS, dim) for _ in "kv"]
+    numbers = [torch.randn(TOKENS, HEADS, dim) * torch.rand(TOKENS, HEADS, 1) * 5 for _ in "kv"]
+    numbers = [part + torch.randn(HEADS, dim) for part in numbers]
     numbers = [part.to(device) for part in numbers]
     scales = [by_block(part, pages.step) for part in pages.scales()]
-    slots = (blocks[:, None] * SIZE + torch.arange(SIZE, device=device)).flatten()[:70]
+    slots = (blocks[:, None] * SIZE + torch.arange(SIZE, device=device)).flatten()[:TOKENS]
     write(
         *numbers,
         *cache.transpose(1, 2).split(width, -1),
@@ -86,7 +88,7 @@ def attended(attend: Any, mode: Any, pages: Pages, blocks: Tensor) -> tuple[Tens
     """
     device = blocks.device
     queries = torch.randn(HEADS, 2, pages.dim).to(device)
-    lengths = torch.tensor([70, 33, 5], dtype=torch.int32, device=device)
+    lengths = torch.tensor([TOKENS, 33, 5], dtype=torch.int32, device=device)
     out = torch.zeros_like(queries)
     attend(
         q=queries,
@@ -96,7 +98,7 @@ def attended(attend: Any, mode: Any, pages: Pages, blocks: Tensor) -> tuple[Tens
         cu_seqlens_q=torch.arange(HEADS + 1, dtype=torch.int32, device=device),
         max_seqlen_q=1,
         seqused_k=lengths,
-        max_seqlen_k=70,
+        max_seqlen_k=TOKENS,
         softmax_scale=0.125,
         causal=True,
         window_size=(-1, -1),

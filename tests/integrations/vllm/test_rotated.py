@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.rotated import attended, form, hadamard, layer, off, written
+from tests.rotated import TOKENS, attended, form, hadamard, layer, off, written
 from torch import Tensor
 
 from kvthrift.errors import UnsupportedModelError
@@ -129,12 +129,12 @@ def test_what_vllms_kernel_writes_is_what_we_read(stock: SimpleNamespace, dim: i
     flips = stock.int4_per_token_head.single_rht(torch.eye(dim))[:, 0]  # the first of each row is the sign alone
     for half, (found, x) in enumerate(zip(pages.read(pages.of(blocks)), numbers, strict=True)):
         for head, own in enumerate(pages.of(blocks)):
-            assert off(found[head][:70], x[:, head]) < 0.15
-            stored = pages._cells[own].flatten(0, 1)[:70].chunk(2, dim=1)[half]
+            assert off(found[head][:TOKENS], x[:, head]) < 0.15
+            stored = pages._cells[own].flatten(0, 1)[:TOKENS].chunk(2, dim=1)[half]
             twin = written(x[:, head], flips)
             assert (stored != twin).float().mean() < 0.02  # a half may be rounded either way
             again = form(hadamard(dim) * flips / dim).read(stored, stored)[0]
-            torch.testing.assert_close(again, found[head][:70])
+            torch.testing.assert_close(again, found[head][:TOKENS])
 
 
 @pytest.mark.skipif(not SOURCE, reason="no sources of vLLM")
