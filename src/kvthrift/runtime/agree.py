@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvthrift.allocate.listed import BudgetLayers
 from kvthrift.core import LayerView, ModuleFacts, Rope, Signals
 from kvthrift.errors import RecipeError
 from kvthrift.recipe import Recipe
@@ -136,7 +137,9 @@ class Agreement:
         size, fixed = entry_and_head_bytes(shape, store.dtype, self.page, form)
         size += _FLOAT_BYTES * (1 + planes)
         heads = self.layer_count * shape.kv_heads * store.batch
-        least = self.recipe.protect.entries if self.byte_pages.differ(self) and not self.needs.prompt else None
+        listed = isinstance(self.recipe.layers, BudgetLayers)  # which holds what is listed where that is what fits
+        share = self.byte_pages.differ(self) and not self.needs.prompt and not listed
+        least = self.recipe.protect.entries if share else None
         return [
             budget.entries(n, heads=heads, entry_bytes=size, page=self.page, head_bytes=fixed, least=least)
             for n in seen

@@ -75,7 +75,11 @@ def alike(mine: kvthrift.Cache, theirs: kvthrift.Cache) -> None:
         assert one.since == other.since
         valid = one.store.valid()
         assert torch.equal(one.store.positions()[valid], other.store.positions()[valid])
-        torch.testing.assert_close(one.store.read().keys[valid], other.store.read().keys[valid], atol=1e-3, rtol=1e-3)
+        found, wanted = one.store.read().keys[valid], other.store.read().keys[valid]
+        if one.store.pool.form is None:
+            torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+        else:  # a number between two levels may go either way
+            assert ((found - wanted).abs() > 1e-3).float().mean() < 0.01
         for plane in one.store.pool.planes:
             torch.testing.assert_close(
                 one.store.plane(plane)[valid], other.store.plane(plane)[valid], atol=1e-4, rtol=1e-4
@@ -93,8 +97,9 @@ def test_it_says_what_the_other_path_says(name: str, length: int, how: str, monk
     found = [go_on(past, more), go_on(past, again)]
     assert [x["queries"] for x in asked] == [length] * 2 + [3] * 2  # two layers
     assert all(x.get("causal", False) == ("int" not in name) for x in asked)
+    near = 2e-3 if "int8" in name else 2e-4  # a level of 255 more or less
     for one, twin in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, twin, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(one, twin, atol=near, rtol=near)
     alike(past, other)
     del other
     past.check_integrity()
