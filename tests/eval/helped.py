@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -28,16 +27,6 @@ TASKS = (Toy(), OtherToy(mode="multi_turn", turns=2))
 def ready(number: int) -> tuple[Bench, Mapping[str, Score]]:
     """A tiny model."""
     return bench(), SCORERS
-
-
-def unhurried(number: int) -> tuple[Bench, Mapping[str, Score]]:
-    """The same, with time enough between rows for somebody to interrupt it."""
-    return bench(), {name: partial(_slowly, score) for name, score in SCORERS.items()}
-
-
-def _slowly(score: Score, text: str, sample: Sample, turn: Turn) -> float:
-    time.sleep(0.1)
-    return score(text, sample, turn)
 
 
 def broken(number: int) -> tuple[Bench, Mapping[str, Score]]:
@@ -61,8 +50,9 @@ def _deadly(folder: Path, text: str, sample: Sample, turn: Turn) -> float:
 def main(path: Path) -> None:
     """Run, and say so on Ctrl-C as the command line does."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in a shell's background begins without
     try:
-        run(path, GRID, *TASKS, crew=Crew(2, unhurried))
+        run(path, GRID, *TASKS, crew=Crew(2, ready))
     except KeyboardInterrupt:
         sys.exit(130)
 
