@@ -80,14 +80,10 @@ def levels(codes, BITS: tl.constexpr, FLOATING: tl.constexpr, PACKED: tl.constex
     if planes_of(BITS) == 1:
         return numbers(codes, 0, BITS, FLOATING, PACKED, dtype)
     else:
-        first, second = (
-            numbers(codes, 0, BITS, FLOATING, PACKED, dtype),
-            numbers(codes, 1, BITS, FLOATING, PACKED, dtype),
-        )
-        third, fourth = (
-            numbers(codes, 2, BITS, FLOATING, PACKED, dtype),
-            numbers(codes, 3, BITS, FLOATING, PACKED, dtype),
-        )
+        first = numbers(codes, 0, BITS, FLOATING, PACKED, dtype)
+        second = numbers(codes, 1, BITS, FLOATING, PACKED, dtype)
+        third = numbers(codes, 2, BITS, FLOATING, PACKED, dtype)
+        fourth = numbers(codes, 3, BITS, FLOATING, PACKED, dtype)
         planes = tl.permute(tl.join(tl.join(first, third), tl.join(second, fourth)), (0, 2, 3, 1))  # [N, 2, 2, C]
         return tl.reshape(planes, [codes.shape[0], 4 * codes.shape[1]])
 

@@ -5,7 +5,7 @@ over the rows' runs), so nothing is planned on the host. Rows of one length need
 pages of all rows are one list, cut into equal runs that may span several rows. Within a row: a running softmax in base
 two. Where a row is cut, each program leaves its part in scratch, and the last one to arrive (an atomic count) joins the
 parts by log-sum-exp, as in Flash-Decoding and Stream-K (2301.03598), without a second launch; parts of a long row are
-joined by the last few to arrive, a slice of the channels each (``meet.py``).
+joined by the last few to arrive, a slice of the channels each (``combine.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvthrift.kernels.triton.meet import NARROWEST, settle
+from kvthrift.kernels.triton.combine import NARROWEST, settle
 from kvthrift.kernels.triton.parts import LN2, await_others, launch, of_row
 from kvthrift.kernels.triton.sight import LOG2E, behind, blocks, capped, ends_of, features, oldest
 
