@@ -227,8 +227,20 @@ def paged_attend(
     if unfit(q.device, paged.keys.dtype, q.shape[-1], paged.values.shape[-1], paged.page, paged.form):
         return naive.paged_attend(q, paged, scale=scale, **sight)
     with _launching(q.device):
+        if not causal and window is None and cap is None and _for_a_warp(q, paged):
+            return AttentionOutput(*_triton("read_int4").read(q, paged, scale, plan))
         read = _triton("read" if paged.coded is None else "read_coded").read
         return AttentionOutput(*read(q, paged, scale, plan, **sight))
+
+
+def _for_a_warp(q: Tensor, paged: Paged) -> bool:
+    """Whether pages are as ``triton/read_int4.py`` takes them, and so few queries that a warp does."""
+    form = paged.form
+    if form is None or form.bits != 4 or paged.bias is not None or q.element_size() != 2:
+        return False
+    shape = (q.shape[-1], paged.values.shape[-1], paged.page)
+    queries = q.shape[0] * q.shape[1] * q.shape[2] // max(len(paged.table), 1)
+    return shape == (128, 128, 64) and queries <= 8 and _has_gluon()
 
 
 def _check_sight(q: Tensor, window: int | None, positions: Tensor | None, cap: float | None) -> None:
@@ -274,6 +286,16 @@ def _launching(device: torch.device) -> AbstractContextManager[object]:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def _has_gluon() -> bool:
+    """Whether this Triton has the parts of its lower language that are used; it is younger, and still moves."""
+    try:
+        _triton("read_int4")
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 @cache
