@@ -4,7 +4,8 @@
 
 Random weights in the shape of Llama-3.1-8B in bf16, random tokens. Transformers' own cache (sdpa) and kvthrift's run in
 turn in one process, its own before and after kvthrift's; seconds are medians of readings behind one that is not counted
-(none is left out from 128K on), peaks are over the weights. `--only` names the parts: 32K, 128K (or any such length),
+(none is left out from 128K on), peaks are over the weights. A method's options follow its name
+(`--methods h2o,h2o:products=int8`). `--only` names the parts: 32K, 128K (or any such length),
 and 1M, a million tokens in chunks, which reads 256K first and stops after `--seconds`: what it has read by then is its
 result, and what the rest would take is marked as an extrapolation.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -54,6 +56,13 @@ def read(work: Callable[[], Any], repeats: int, warm: int) -> tuple[list[float],
     return times, (torch.cuda.max_memory_allocated() - before) / 2**30, found
 
 
+def prefill(model: Any, ids: torch.Tensor, method: str) -> kvthrift.Cache:
+    """Read with a method and its options, ``name:option=value:option=value``."""
+    name, *options = method.split(":")
+    chosen = dict(option.split("=", 1) for option in options)
+    return kvthrift.prefill(model, ids, name, budget=None if name == "full" else BUDGET, **chosen)
+
+
 def rows(model: Any, length: int, methods: list[str], repeats: int, warm: int) -> list[str]:
     """The table's rows for one length."""
     ids = torch.randint(10, 1000, (1, length), device="cuda")
@@ -75,10 +84,7 @@ def rows(model: Any, length: int, methods: list[str], repeats: int, warm: int) -
     first, _ = base()
     found = []
     for name in methods:
-        budget = None if name == "full" else BUDGET
-        times, peak, cache = read(
-            lambda name=name, budget=budget: kvthrift.prefill(model, ids, name, budget=budget), repeats, warm
-        )
+        times, peak, cache = read(partial(prefill, model, ids, name), repeats, warm)
         found.append((name, median(times), f"{peak:.2f} | {cache.report().bytes / 2**30:.3f} |"))
         del cache
         print(f"    {size} {name}: {median(times):.3f} s, before {median(first):.3f}", flush=True)
@@ -163,7 +169,7 @@ def main(
     warm = torch.ones(1, 4096, dtype=torch.long, device="cuda")
     for name in (*methods.split(","), *filter(None, short.split(","))):  # kernels are compiled here
         if name != "full":
-            kvthrift.prefill(model, warm, name, budget=BUDGET)
+            prefill(model, warm, name)
     lines = [
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}, transformers {transformers.__version__}, kvthrift "
         f"{kvthrift.__version__}, Python {platform.python_version()}. Budget {BUDGET} entries a head; medians of "

@@ -68,6 +68,9 @@ class SecondPass:
     probe: tuple[int, ...] = ()
 
 
+Products = Literal["exact", "int8"]
+
+
 @dataclass(frozen=True)
 class Powers:
     """Powers of attention that entries receive, added up over queries and the group, decode steps included.
@@ -77,17 +80,20 @@ class Powers:
         window: newest queries of each pass over several tokens that count; 0 for all.
         buffer: a query does not count for entries fewer positions before it than this.
         kernel: neighbours that share a maximum, pass by pass; 1 for none. Decode steps add theirs as they are.
+        products: of queries and keys, ``"exact"`` or rounded to ``"int8"`` first; decode steps add theirs exactly.
     """
 
     power: int = 2
     window: int = 8
     buffer: int = 0
     kernel: int = 7
+    products: Products = "exact"
 
     @property
     def plane(self) -> str:
         """What the plane that keeps it is called."""
-        return f"power {self.power} {self.window} {self.buffer} {self.kernel}"
+        rounded = "" if self.products == "exact" else f" {self.products}"
+        return f"power {self.power} {self.window} {self.buffer} {self.kernel}{rounded}"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,10 @@ def cuda() -> PreTrainedModel:
 
 def recipes() -> list[Recipe]:
     names = ("snapkv", "adakv", "cake", "expected_attention", "h2o", "kv_compress", "criticalkv")
-    return [method(name, budget=48) for name in names]
+    return [
+        *(method(name, budget=48) for name in names),
+        method("h2o", budget=48, products="int8").with_options(name="h2o int8"),
+    ]
 
 
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)

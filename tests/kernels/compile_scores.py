@@ -13,22 +13,32 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kvthrift.kernels.naive_int8 import KEY_BLOCK
 from kvthrift.kernels.triton.best import _best
 from kvthrift.kernels.triton.best_long import _count, _kept
 from kvthrift.kernels.triton.forms import _forms
 from kvthrift.kernels.triton.halves import _added, _runs
 from kvthrift.kernels.triton.moments import _moments
 from kvthrift.kernels.triton.norms import _joined, _norms
+from kvthrift.kernels.triton.quantize import _coarse_keys, _coarse_queries, _row_sums
 from kvthrift.kernels.triton.sums import _sums
+from kvthrift.kernels.triton.sums_int8 import _sums_int8
 from kvthrift.kernels.triton.tiles import PRECISION, padded, tiles
 
 TARGET = GPUTarget("cuda", 90, 32)
 LEAST_MEMORY = 99 * 1024  # bytes of shared memory that a program may have where there is least
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WHOLE = {"q_position": "i64", "k_position": "i64", "count": "i64", "high": "i32", "low": "i32"}
+WHOLE = {"q_position": "i64", "k_position": "i64", "count": "i64"}
+HALF = dict.fromkeys(("high", "low", "limit"), "i32")
 TRUE = dict.fromkeys(("valid", "use", "keep"), "i1")
 FLOATS = ("norm", "part", "out", "lse", "cos", "sin", "total", "outer", "mean", "size", "score", "bias", "sum")
-POINTERS = {**WHOLE, **TRUE, **dict.fromkeys(FLOATS, "fp32")}  # of others: the dtype of queries and keys
+MORE = ("factor", "step", "shift", "middle")
+POINTERS = {
+    **WHOLE,
+    **HALF,
+    **TRUE,
+    **dict.fromkeys((*FLOATS, *MORE), "fp32"),
+}  # of others: the dtype of queries and keys
 
 
 def compile_kernel(
@@ -53,6 +63,21 @@ def compile_kernel(
     assert done.metadata.shared <= LEAST_MEMORY, f"{kernel} {dtype} {constants}: {done.metadata.shared} bytes"
 
 
+def compile_int8(dtype: str, dim: int, group: int, bias: bool) -> None:
+    """Sums by products in 8 bits, and what rounds queries and keys for them."""
+    wide = max(32, padded(dim))
+    heads = {"HEADS": 8, "GROUP": group, "DP": wide}
+    rest = {"D": dim, "N": 32, "RUN": min(wide, 64)}
+    compile_kernel(_row_sums, dtype, {"HEADS": 8, "D": dim, "DP": wide, "N": 64 if wide <= 128 else 32, "STEPS": 16}, 8)
+    POINTERS.update(out="i8")
+    compile_kernel(_coarse_keys, dtype, {**heads, **rest, "SHARE": KEY_BLOCK}, 4)
+    compile_kernel(_coarse_queries, dtype, {**heads, **rest, "BLOCKS": 16}, 4)
+    POINTERS.update(out="fp32")
+    for few in ({}, {"blocks": 1, "entries": 1}):
+        sizes = {"N": 128, "W": 64, "SHARE": KEY_BLOCK, "CHUNK": 1024, "HAS_BIAS": bias, "STAGES": 3}
+        compile_kernel(_sums_int8, "i8", {**heads, **sizes, **few}, 4, 3, maxnreg=128)
+
+
 def main() -> None:
     cases = (("bf16", 128, 4, False), ("fp16", 80, 3, True), ("fp16", 256, 1, False), ("fp32", 256, 2, True))
     for dtype, dim, group, bias in cases:
@@ -66,6 +91,7 @@ def main() -> None:
         compile_kernel(_sums, dtype, {**common, **sizes}, warps, stages)
         window = {**sizes, "EACH": group, "POWER": 2, "W": min(across, 32), "BOUNDS": False, "blocks": 1}
         compile_kernel(_sums, dtype, {**common, **window}, warps, stages)
+        compile_int8(dtype, dim, group, bias)
         half, halves, wide = dim // 2, dtype != "fp32", min(padded(dim), 128)
         turn = {"HEADS": 8 * group, "D": dim, "HALF": half, "ANGLES": half, "RUN": gcd(half, 16), "P": wide}
         ahead = 2 if dim <= 128 else 1

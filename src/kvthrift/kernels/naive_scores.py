@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvthrift.core import Rope
+from kvthrift.core import Products, Rope
+from kvthrift.kernels.naive_int8 import rounded
 
 
 def grouped_heads(q: Tensor, kv_heads: int) -> Tensor:
@@ -32,8 +33,15 @@ def power_sums(
     buffer: int,
     bias: Tensor | None,
     block: int,
+    products: Products = "exact",
 ) -> Tensor:
     """See :func:`kvthrift.kernels.observe.power_sums`; each block of queries is one matrix product."""
+    weight = None if bias is None else bias[:, :, None]  # [B, H, 1 or G, T]
+    if products == "int8":
+        q, k, offsets, shifts = rounded(q, k, q_positions, valid, scale, power)
+        lse = lse - offsets
+        shifts = shifts.view(shifts.shape[0], k.shape[1], -1, shifts.shape[-1])
+        weight = shifts if weight is None else weight + shifts
     b, kv_heads, entries, dim = k.shape
     group = q.shape[1] // kv_heads
     total = torch.zeros(b, kv_heads, group, entries, dtype=torch.float32, device=k.device)
@@ -49,8 +57,8 @@ def power_sums(
         reach = int(((k_positions <= rows.amax()) & valid).sum(dim=-1).amax())
         clear = min(int(before.amin()), reach)  # entries that every query of the block sees
         weights = torch.baddbmm(-norm, queries, keys[..., :reach]).view(b, kv_heads, group, width, reach)
-        if bias is not None:
-            weights += bias[:, :, None, None, :reach]
+        if weight is not None:
+            weights += weight[:, :, :, None, :reach]
         weights.exp_()
         weights = weights.square_() if power == 2 else weights
         hidden = (k_positions[:, :, None, clear:reach] > rows[:, None, :, None] - buffer) | ~valid[

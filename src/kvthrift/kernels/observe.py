@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvthrift.core import Products
 from kvthrift.kernels import naive_scores
 from kvthrift.kernels.fit import dense, fits, launching, load
 from kvthrift.kernels.naive_scores import grouped_heads
@@ -123,6 +124,7 @@ def power_sums(
     buffer: int = 0,
     bias: Tensor | None = None,
     block: int = _BLOCK,
+    products: Products = "exact",
 ) -> Tensor:
     """A power of the attention that each entry receives from all given queries, summed over queries.
 
@@ -135,10 +137,17 @@ def power_sums(
         power: 1 or 2.
         buffer: a query does not count for entries fewer positions before it than this.
         block: queries that are looked at together.
+        products: ``"int8"`` rounds queries and keys, each less its mean, to 8 bits, which tensor cores multiply at
+            twice the rate; sums are then off by about as much as by rounding float32 vectors to bfloat16.
 
     Returns:
         ``[B, H, G, T]`` float32.
     """
+    if fits(q, k) and products == "int8":
+        with launching(q.device):
+            given = [dense(x) for x in (q, k, lse.float(), q_positions, k_positions, valid)]
+            rough: Tensor = load("sums_int8").sums_int8(*given, scale, bias, power=power, buffer=buffer)
+            return rough
     if fits(q, k):
         with launching(q.device):
             given = [dense(x) for x in (q, k, lse.float(), q_positions, k_positions, valid)]
@@ -148,7 +157,7 @@ def power_sums(
             return found
     return naive_scores.power_sums(
         q, k, q_positions=q_positions, k_positions=k_positions, valid=valid, scale=scale, lse=lse, power=power,
-        buffer=buffer, bias=bias, block=block,
+        buffer=buffer, bias=bias, block=block, products=products,
     )  # fmt: skip
 
 

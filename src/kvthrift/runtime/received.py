@@ -49,6 +49,7 @@ def of_pass(observes: Signals, view: LayerView, q: Tensor, lse: Tensor | None, s
         sums = kernels.power_sums(
             q[:, :, last], view.keys, q_positions=rows, k_positions=view.positions, valid=view.valid, scale=view.scale,
             lse=lse[..., last], bias=view.bias, power=wanted.power, buffer=wanted.buffer,
+            products=wanted.products,
         )  # fmt: skip
         out[wanted.plane] = smooth(sums, "max", wanted.kernel).sum(dim=2)
     return out

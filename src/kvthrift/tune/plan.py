@@ -110,7 +110,7 @@ def _target(model: PreTrainedModel, cache: Cache, recipe: Recipe, longest: int, 
     layer = next(layer for layer in probe.state.layers if layer.store is not None)
     store = layer.store
     assert store is not None
-    planes = int(recipe.needs.columns) + int(recipe.merge.biased)
+    planes = int(recipe.needs.columns) + len(recipe.needs.powers) + int(recipe.merge.biased)
     form = None if recipe.codec is None else recipe.codec.format
     size, fixed = entry_and_head_bytes(store.shape, store.dtype, page, form)
     heads = cache.state.layer_count * store.shape.kv_heads

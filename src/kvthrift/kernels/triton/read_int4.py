@@ -2,7 +2,7 @@
 
 What ``read_coded.py`` does, for the plain case: 128 channels, pages of 64, up to 8 queries a row that see every entry.
 A program is one warp, which keeps a page on its way while it works on another. Weights stay under a running maximum
-that is only raised when one would be too large for float16, so that most pages change nothing that was summed up before.
+that is only raised when one would be too large for float16, so that most pages change nothing of the sums before.
 """
 
 from __future__ import annotations
