@@ -109,10 +109,15 @@ def rounding(model: Any) -> float:
 
 
 def fusing(mode: str) -> bool | dict[str, Any]:
-    """What ``compiled=`` gets: a mode, and options that are switched on: ``MODE+triton.enable_pdl+combo_kernels``."""
+    """What ``compiled=`` gets: a mode, and options that are switched: ``MODE+triton.enable_pdl+joined=false``."""
     name, *switches = mode.split("+")
     options = dict(torch._inductor.list_mode_options(name)) if name else {}
-    return {**options, **dict.fromkeys(switches, True)} or True
+    for switch in switches:
+        option, _, value = switch.partition("=")
+        if value not in ("", "true", "false"):
+            raise typer.BadParameter(f"{switch!r} in --mode: an option is switched by =true or =false.")
+        options[option] = value != "false"
+    return options or True
 
 
 @torch.inference_mode()
@@ -180,7 +185,7 @@ def main(
     cases: str = ",".join(CASES),
     layers: int = LAYERS,
     compiled: Annotated[bool, typer.Option(help="also fuse elementwise parts by torch.compile")] = True,
-    mode: Annotated[str, typer.Option(help="of torch.compile, and options behind +")] = "",
+    mode: Annotated[str, typer.Option(help="of torch.compile, and options behind +, such as +joined=false")] = "",
     out: Annotated[Path | None, typer.Option(help="append the Markdown here")] = None,
 ) -> None:
     """Measure this GPU."""

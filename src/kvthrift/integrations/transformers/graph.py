@@ -7,19 +7,23 @@ device, so a replay needs nothing from the host.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from functools import cache as once
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvthrift.errors import NoRoomError
+from kvthrift.errors import NoRoomError, OptionError
 from kvthrift.integrations.transformers.cache import Cache, CacheLayer
 from kvthrift.runtime import gather
 from kvthrift.runtime.fixed import FixedSteps
 
+_LOG = logging.getLogger("kvthrift")
 _WARM_UP = 2
+_PASS = "post_grad_custom_pre_pass"
 Fusing = bool | str | Mapping[str, Any]
 
 
@@ -52,7 +56,9 @@ class GraphSteps:
         cache: it has read the prompt.
         room: steps for which pages are taken now; no more can be replayed.
         compiled: fuse the model's elementwise operations by ``torch.compile`` first (takes a while, once a model); or
-            the name of a mode of ``torch.compile`` without graphs of its own; or options for it by name.
+            the name of a mode of ``torch.compile`` without graphs of its own; or options for it by name, with
+            ``mode`` among them if need be. Products of 2 to 64 rows are also joined where they have their input in
+            common (:mod:`.joining`), unless the options have ``joined=False``.
 
     Raises:
         GraphUnavailableError: the step cannot be recorded. The cache is as it was, but for the pages taken.
@@ -128,8 +134,7 @@ class GraphSteps:
 def _fused(model: PreTrainedModel, how: Fusing) -> Callable[..., Any]:
     """The model's forward pass, compiled in pieces between attention and attention."""
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    mode, options = how if isinstance(how, str) else None, dict(how) if isinstance(how, Mapping) else None
-    compiled = torch.compile(model.__call__, dynamic=False, mode=mode, options=options)
+    compiled = torch.compile(model.__call__, dynamic=False, options=_options(how))
 
     def forward(**kwargs: Any) -> Any:
         # a module's number is part of its code to the compiler, so each layer is compiled by itself
@@ -137,3 +142,38 @@ def _fused(model: PreTrainedModel, how: Fusing) -> Callable[..., Any]:
             return compiled(**kwargs)
 
     return forward
+
+
+def _options(how: Fusing) -> dict[str, Any]:
+    """The compiler's options for what ``compiled=`` asks for, with the pass that joins products.
+
+    Raises:
+        OptionError: there is no such mode, or ``joined`` is no switch.
+    """
+    given = dict(how) if isinstance(how, Mapping) else {}
+    mode, joined = how if isinstance(how, str) else given.pop("mode", None), given.pop("joined", True)
+    modes = torch._inductor.list_mode_options()
+    if mode and mode not in modes:
+        raise OptionError(f"compiled: torch.compile has no mode {mode!r}. Valid: {', '.join(modes)}.")
+    options = {**(modes[mode] if mode else {}), **given}
+    if joined is False:
+        return options
+    if _PASS in options:
+        _say_apart(f"the options have a {_PASS} of their own")
+        return options
+    try:
+        from kvthrift.integrations.transformers.joining import JoinProducts
+    except ImportError as error:
+        _say_apart(f"this torch has no place for it ({error})")
+        return options
+    if _PASS not in torch._inductor.list_options():
+        _say_apart(f"this torch has no option {_PASS}")
+        return options
+    if joined is not True and not isinstance(joined, JoinProducts):
+        raise OptionError(f"compiled: joined={joined!r}, where True, False or a JoinProducts is meant.")
+    return {**options, _PASS: JoinProducts() if joined is True else joined}
+
+
+@once
+def _say_apart(reason: str) -> None:
+    _LOG.warning("products of one input are not joined: %s.", reason)
