@@ -127,7 +127,7 @@ def compile_linears(dtype: str, rows: int, depth: int, setting: Setting, biased:
     types |= dict.fromkeys(("rows", "run", *sizes), "i32")
     cut = setting_of(depth, (4096, 1024, 1024), Device(132, 227 * 2**10), setting)
     constants = {"K": depth, "M": MOST_ROWS, "NB": cut.columns, "BK": cut.depth, "STAGES": cut.stages}
-    constants |= {"MANY": 3 if biased else 2, "BIASED": biased, "EARLY": True}
+    constants |= {"MANY": 3 if biased else 2, "BIASED": biased, "FULL": rows == 64, "EARLY": True}
     for name in ("rows", "run"):  # Triton takes a one for a constant
         if {"rows": rows, "run": cut.run}[name] == 1:
             types, constants = {k: v for k, v in types.items() if k != name}, {**constants, name: 1}

@@ -20,7 +20,7 @@ from kvthrift.integrations.transformers import graph as module
 from kvthrift.integrations.transformers.joining import JoinProducts
 
 PASS = "post_grad_custom_pre_pass"
-HERE = JoinProducts(devices=("cpu",))
+HERE = JoinProducts(fewest=2, devices=("cpu",))
 BF16 = torch.bfloat16
 
 
@@ -89,6 +89,14 @@ def test_only_of_few_rows_and_not_of_one(rows: int, taken: bool) -> None:
         assert joined(three, numbers(64, 64), *weights, how=JoinProducts(most=63, devices=("cpu",))) == (3, [])
 
 
+@pytest.mark.parametrize(("rows", "taken"), [(32, False), (33, True)])
+def test_of_so_few_rows_that_a_library_is_faster_none(rows: int, taken: bool) -> None:
+    found = joined(
+        three, numbers(rows, 64), *(numbers(n, 64) for n in (64, 32, 16)), how=JoinProducts(devices=("cpu",))
+    )
+    assert found == ((0, [3]) if taken else (3, []))
+
+
 def test_what_the_kernel_does_not_take_stays() -> None:
     weights = [numbers(n, 64, dtype=torch.float32) for n in (64, 32, 16)]
     assert joined(three, numbers(4, 64, dtype=torch.float32), *weights) == (3, [])
@@ -105,7 +113,7 @@ class Seen(JoinProducts):
     """Notes what the pass made of each graph."""
 
     def __init__(self, device: str = "cpu") -> None:
-        super().__init__(devices=(device,))
+        super().__init__(fewest=2, devices=(device,))
         object.__setattr__(self, "counts", [])
 
     def __call__(self, graph: Graph) -> None:

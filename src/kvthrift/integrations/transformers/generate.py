@@ -59,7 +59,7 @@ def generate(
         graph: record steps at all.
         compiled: fuse the model's elementwise operations with ``torch.compile`` before recording: slow once, faster
             ever after. Or the name of one of its modes, such as ``"max-autotune-no-cudagraphs"``, or its options by
-            name, with ``mode`` among them if need be. For 2 to 64 sequences the products of one input, such as
+            name, with ``mode`` among them if need be. For 33 to 64 sequences the products of one input, such as
             queries, keys and values, are then one launch, unless the options have ``joined=False``.
         streamer: gets each token as it comes.
         tokenizer: the model's; recipes that look at the text's segments (``sablock``) find its punctuation with it. It

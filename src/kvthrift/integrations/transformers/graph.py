@@ -57,7 +57,7 @@ class GraphSteps:
         room: steps for which pages are taken now; no more can be replayed.
         compiled: fuse the model's elementwise operations by ``torch.compile`` first (takes a while, once a model); or
             the name of a mode of ``torch.compile`` without graphs of its own; or options for it by name, with
-            ``mode`` among them if need be. Products of 2 to 64 rows are also joined where they have their input in
+            ``mode`` among them if need be. Products of 33 to 64 rows are also joined where they have their input in
             common (:mod:`.joining`), unless the options have ``joined=False``.
 
     Raises:

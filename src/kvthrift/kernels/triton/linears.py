@@ -35,7 +35,7 @@ def _linears(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, w3_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr,
     n0, n1, n2, n3, rows, x_stride, run,
     K: tl.constexpr, M: tl.constexpr, NB: tl.constexpr, BK: tl.constexpr, MANY: tl.constexpr,
-    BIASED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    BIASED: tl.constexpr, STAGES: tl.constexpr, FULL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = (K + BK - 1) // BK
     EVEN: tl.constexpr = K % BK == 0
@@ -47,7 +47,8 @@ def _linears(
     t3 = t2 + (n2 + NB - 1) // NB
     tiles = t3 + (n3 + NB - 1) // NB
     first = tl.program_id(0) * run
-    x_at = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
+    x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
+    real = (m < rows)[:, None]  # the last row again, in place of what is not there, would be asked for by all at once
     if EARLY:
         tl.extra.cuda.gdc_wait()
     for tile in range(first, tl.minimum(first + run, tiles)):
@@ -58,12 +59,14 @@ def _linears(
         w_at = w_ptr + (tl.minimum(n, columns - 1 - base) * K)[:, None] + k[None, :]  # behind the last: the last again
         acc = tl.zeros([M, NB], tl.float32)
         for step in tl.range(0, STEPS, num_stages=STAGES):
-            if EVEN:
+            there = (step * BK + k < K)[None, :]
+            if EVEN and FULL:
                 x = tl.load(x_at + step * BK)
+            else:
+                x = tl.load(x_at + step * BK, mask=real & there, other=0.0)
+            if EVEN:
                 w = tl.load(w_at + step * BK, eviction_policy="evict_first")
             else:
-                there = (step * BK + k < K)[None, :]
-                x = tl.load(x_at + step * BK, mask=there, other=0.0)
                 w = tl.load(w_at + step * BK, mask=there, other=0.0, eviction_policy="evict_first")
             acc = tl.dot(x, tl.trans(w), acc)
         c = base + n
@@ -72,7 +75,7 @@ def _linears(
             bias = tl.load(b_ptr + c, mask=c < tl.where((BIASED >> which) & 1 != 0, columns, 0), other=0.0)
             acc += bias.to(tl.float32)[None, :]
         y_at = _of(which, y0_ptr, y1_ptr, y2_ptr, y3_ptr, MANY) + m.to(tl.int64)[:, None] * columns + c[None, :]
-        tl.store(y_at, acc.to(y0_ptr.dtype.element_ty), mask=(m < rows)[:, None] & (c < columns)[None, :])
+        tl.store(y_at, acc.to(y0_ptr.dtype.element_ty), mask=real & (c < columns)[None, :])
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], setting: Setting) -> list[Tensor]:
@@ -85,7 +88,7 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
         *sizes, *[0] * (4 - len(sizes)), rows, x.stride(0), setting.run,
         K=depth, M=MOST_ROWS, NB=setting.columns, BK=setting.depth, MANY=len(sizes),
         BIASED=sum(1 << i for i, b in enumerate(biases) if b is not None), STAGES=setting.stages,
-        num_warps=setting.warps, **launch(x.device),
+        FULL=rows == MOST_ROWS, num_warps=setting.warps, **launch(x.device),
     )  # fmt: skip
     return outs
 
