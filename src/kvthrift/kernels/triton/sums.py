@@ -23,6 +23,21 @@ _FAR_CONST = tl.constexpr(_FAR)
 
 
 @triton.jit
+def seeing(high_ptr, low_ptr, blocks, nearest, farthest, CHUNK: tl.constexpr):
+    """The first block of queries that sees an entry at ``nearest``, the first from which on all see those up to
+    ``farthest``, and the end; of each block the highest and the lowest position are given."""
+    first, clear, stop = blocks, 0, 0
+    for base in range(0, blocks, CHUNK):
+        i = base + tl.arange(0, CHUNK)
+        high = tl.load(high_ptr + i, mask=i < blocks, other=-1)
+        low = tl.load(low_ptr + i, mask=i < blocks, other=_FAR_CONST)
+        first = tl.minimum(first, tl.min(tl.where(high >= nearest, i, blocks), 0))
+        stop = tl.maximum(stop, tl.max(tl.where(high >= nearest, i + 1, 0), 0))
+        clear = tl.maximum(clear, tl.max(tl.where(low < farthest, i + 1, 0), 0))
+    return first, tl.minimum(tl.maximum(first, clear), stop), stop
+
+
+@triton.jit
 def _sums(
     q_ptr, k_ptr, norm_ptr, q_position_ptr, k_position_ptr, valid_ptr, bias_ptr, high_ptr, low_ptr, out_ptr,
     scale, queries, entries, blocks, buffer, q_b, q_h, q_t, k_b, k_h, k_t, norm_b, norm_h, qp_b, kp_b, kp_h,
@@ -46,15 +61,7 @@ def _sums(
     if BOUNDS:
         nearest = tl.min(tl.where(real, place, _FAR_CONST), 0) + tl.where(tl.max(real.to(tl.int32), 0) > 0, buffer, 0)
         farthest = tl.max(tl.where(real, place, -1), 0) + buffer
-        first, clear, stop = blocks, 0, 0
-        for base in range(0, blocks, CHUNK):
-            i = base + tl.arange(0, CHUNK)
-            high = tl.load(high_ptr + b * blocks + i, mask=i < blocks, other=-1)
-            low = tl.load(low_ptr + b * blocks + i, mask=i < blocks, other=_FAR_CONST)
-            first = tl.minimum(first, tl.min(tl.where(high >= nearest, i, blocks), 0))
-            stop = tl.maximum(stop, tl.max(tl.where(high >= nearest, i + 1, 0), 0))
-            clear = tl.maximum(clear, tl.max(tl.where(low < farthest, i + 1, 0), 0))
-        clear = tl.minimum(tl.maximum(first, clear), stop)
+        first, clear, stop = seeing(high_ptr + b * blocks, low_ptr + b * blocks, blocks, nearest, farthest, CHUNK)
     for each in range(EACH):
         head = h * GROUP + (tl.program_id(1) % (GROUP // EACH)) * EACH + each
         rows, norms = q_ptr + b * q_b + head * q_h, norm_ptr + b * norm_b + head * norm_h

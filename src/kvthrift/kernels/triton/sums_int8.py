@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from kvthrift.kernels.naive_int8 import KEY_BLOCK
 from kvthrift.kernels.triton.quantize import coarse
+from kvthrift.kernels.triton.sums import seeing
 
 _LOG2E = 1.4426950408889634
 _FAR = 2**31 - 1
@@ -51,15 +52,7 @@ def _sums_int8(
     real = tl.load(valid + n, mask=there, other=0) != 0
     nearest = tl.min(tl.where(real, place, _FAR_CONST), 0) + tl.where(tl.max(real.to(tl.int32), 0) > 0, buffer, 0)
     farthest = tl.max(tl.where(real, place, -1), 0) + buffer
-    first, clear, stop = blocks, 0, 0
-    for base in range(0, blocks, CHUNK):
-        i = base + tl.arange(0, CHUNK)
-        high = tl.load(high_ptr + b * blocks + i, mask=i < blocks, other=-1)
-        low = tl.load(low_ptr + b * blocks + i, mask=i < blocks, other=_FAR_CONST)
-        first = tl.minimum(first, tl.min(tl.where(high >= nearest, i, blocks), 0))
-        stop = tl.maximum(stop, tl.max(tl.where(high >= nearest, i + 1, 0), 0))
-        clear = tl.maximum(clear, tl.max(tl.where(low < farthest, i + 1, 0), 0))
-    clear = tl.minimum(tl.maximum(first, clear), stop)
+    first, clear, stop = seeing(high_ptr + b * blocks, low_ptr + b * blocks, blocks, nearest, farthest, CHUNK)
     d, part = tl.arange(0, DP), tl.program_id(0) * (N // SHARE) + tl.arange(0, N // SHARE)
     keys = tl.load(k_ptr + (pair * held + n)[:, None] * DP + d[None, :], mask=(n < held)[:, None], other=0)
     steps = tl.load(step_ptr + pair * (held // SHARE) + part, mask=part < held // SHARE, other=0.0)
