@@ -96,7 +96,7 @@ def compile_int4(even: bool) -> None:
     pages = {"k_ptr": "*i16", "v_ptr": "*i16", "k_marks_ptr": "*fp16", "v_marks_ptr": "*fp16", "table_ptr": "*i32"}
     parts = {"lse_ptr": "*fp32", "part_ptr": "*fp32", "part_lse_ptr": "*fp32", "arrived_ptr": "*i32"}
     types = {**model, **pages, **parts, "length_ptr": "*i32", "scale": "fp32", "width": "i32", "rows": "i32"}
-    constants = {"COUNT": 64, "QUERIES": 4, "HERE": 4, "QP": 4, "PARTS": 8, "STAGES": 2, "EXTRA": 3}
+    constants = {"COUNT": 64, "QUERIES": 4, "QP": 4, "PARTS": 8, "STAGES": 2, "EXTRA": 3}
     constants |= {"EVEN": even, "EARLY": True}
     binary = compile_kernel(read_int4._read, types, constants, 1, source=GluonASTSource)
     assert stack(binary) <= 64, "a page's numbers do not fit into registers"

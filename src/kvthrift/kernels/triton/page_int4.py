@@ -33,11 +33,11 @@ _SLACK = gl.constexpr(5.0)  # exponents that a product may gain until the maximu
 
 
 @gluon.jit
-def queries_of(q_ptr, row, HERE: gl.constexpr, QUERIES: gl.constexpr):
+def queries_of(q_ptr, row, QUERIES: gl.constexpr):
     """Right operands ``[128, 8]``: a row's queries, at most 1, and what planes are multiplied with; what both lack."""
     d = gl.arange(0, 128, gl.SliceLayout(1, RIGHT))[:, None]
     m = gl.arange(0, 8, gl.SliceLayout(0, RIGHT))[None, :]
-    q = gl.load(q_ptr + row * QUERIES * 128 + (m * 128 + d), mask=(m < HERE) & (d < 128), other=0.0).to(gl.float32)
+    q = gl.load(q_ptr + row * QUERIES * 128 + (m * 128 + d), mask=(m < QUERIES) & (d < 128), other=0.0).to(gl.float32)
     most = gl.max(gl.max(gl.abs(q), 0), 0)
     lifted = gl.exp2(gl.where(most > 0, gl.ceil(gl.log2(most)), 0.0))
     q = q / lifted
@@ -45,11 +45,8 @@ def queries_of(q_ptr, row, HERE: gl.constexpr, QUERIES: gl.constexpr):
 
 
 @gluon.jit
-def begin(
-    q_ptr, tail_k_ptr, tail_v_ptr, row, there, scale, top, total, acc0, acc1, acc2, acc3,
-    HERE: gl.constexpr, QUERIES: gl.constexpr,
-):  # fmt: skip
-    """Begin with a row's last page, of which ``there`` entries are there; it is as the model gave it."""
+def begin(q_ptr, tail_k_ptr, tail_v_ptr, row, there, scale, QUERIES: gl.constexpr):
+    """What a row's last page comes to, of which ``there`` entries are there; it is as the model gave it."""
     LINES: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0])
     at = gl.arange(0, 64, gl.SliceLayout(1, LINES))[:, None] * 128 + gl.arange(0, 32, gl.SliceLayout(0, LINES))[None, :]
     k_at = tail_k_ptr + row * 8192
@@ -57,7 +54,7 @@ def begin(
     keys2, keys3 = gl.load(k_at + (64 + at)), gl.load(k_at + (96 + at))
     d = gl.arange(0, 32, gl.SliceLayout(1, RIGHT2))[:, None]
     m = gl.arange(0, 8, gl.SliceLayout(0, RIGHT2))[None, :]
-    q_at, here = q_ptr + row * QUERIES * 128 + (m * 128 + d), (m < HERE) & (d < 32)
+    q_at, here = q_ptr + row * QUERIES * 128 + (m * 128 + d), (m < QUERIES) & (d < 32)
     logits = mma_v2(
         gl.convert_layout(keys0, LEFT2), gl.load(q_at, mask=here, other=0.0), gl.zeros([64, 8], gl.float32, MMA)
     )
@@ -74,9 +71,9 @@ def begin(
     p = gl.convert_layout(weights.to(tail_v_ptr.dtype.element_ty), RIGHT2)
     found0, found1 = _tail_product(values0, p), _tail_product(values1, p)
     found2, found3 = _tail_product(values2, p), _tail_product(values3, p)
-    acc0, acc2 = found0 / LEAST, found2 / LEAST  # as sums of levels, see _settled
+    acc0, acc2 = found0 / LEAST, found2 / LEAST  # as sums of levels, see settled
     acc1, acc3 = found1 * (MIXED / LEAST) + acc0, found3 * (MIXED / LEAST) + acc2
-    total += everywhere(gl.sum(weights, 0)) / 8  # of eight threads that will be added up
+    total = everywhere(gl.sum(weights, 0)) / 8  # of eight threads that will be added up
     return everywhere(high) + ROOM, total, acc0, acc1, acc2, acc3
 
 

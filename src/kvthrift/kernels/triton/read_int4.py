@@ -37,17 +37,21 @@ def _add(x, y):
 
 
 @gluon.jit
-def _leave(ptr, acc, safe, RUN: gl.constexpr, HERE: gl.constexpr):
-    d = gl.arange(0, 32, gl.SliceLayout(1, MMA))
-    m = gl.arange(0, 8, gl.SliceLayout(0, MMA))
-    where = ptr + (m[None, :] * 128 + RUN * 32 + d[:, None])
-    gl.store(where, (acc / safe[None, :]).to(ptr.dtype.element_ty), mask=(m < HERE)[None, :])
+def _leave(ptr, acc0, acc1, acc2, acc3, safe, QUERIES: gl.constexpr):
+    """Write an output ``[QUERIES, 128]``, of which each sum has a run of channels."""
+    d = gl.arange(0, 32, gl.SliceLayout(1, MMA))[:, None]
+    m = gl.arange(0, 8, gl.SliceLayout(0, MMA))[None, :]
+    at, there = ptr + (m * 128 + d), (m < QUERIES) & (d < 32)
+    gl.store(at, (acc0 / safe[None, :]).to(ptr.dtype.element_ty), mask=there)
+    gl.store(at + 32, (acc1 / safe[None, :]).to(ptr.dtype.element_ty), mask=there)
+    gl.store(at + 64, (acc2 / safe[None, :]).to(ptr.dtype.element_ty), mask=there)
+    gl.store(at + 96, (acc3 / safe[None, :]).to(ptr.dtype.element_ty), mask=there)
 
 
 @gluon.jit
 def _join(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, row, first_part, last_part,
-    QUERIES: gl.constexpr, HERE: gl.constexpr, QP: gl.constexpr, PARTS: gl.constexpr,
+    QUERIES: gl.constexpr, QP: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Write what the parts ``first_part .. last_part`` of a row come to."""
     ALL: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 1, 1], [2, 1, 0])
@@ -61,7 +65,7 @@ def _join(
     acc = gl.zeros([QP, 128], gl.float32, OUT)
     for other in range(first_part, last_part + 1, PARTS):
         at = (other + p + row) * QUERIES + g[None, :]
-        there = (other + p <= last_part) & (g < HERE)[None, :]
+        there = (other + p <= last_part) & (g < QUERIES)[None, :]
         lses = gl.load(part_lse_ptr + at, mask=there, other=float("-inf"), cache_modifier=".cg")
         parts = gl.load(
             part_ptr + (at[:, :, None] * 128 + d[None, :, :]), mask=there[:, :, None] & (d < 128)[None, :, :],
@@ -77,9 +81,9 @@ def _join(
     safe = gl.where(total > 0, total, 1.0)
     rows = gl.arange(0, QP, gl.SliceLayout(1, OUT))[:, None]
     out = (acc / gl.convert_layout(safe, gl.SliceLayout(1, OUT))[:, None]).to(out_ptr.dtype.element_ty)
-    gl.store(out_ptr + row * QUERIES * 128 + (rows * 128 + d), out, mask=(rows < HERE) & (d < 128))
+    gl.store(out_ptr + row * QUERIES * 128 + (rows * 128 + d), out, mask=(rows < QUERIES) & (d < 128))
     lse = gl.where(total > 0, top + gl.log2(safe), float("-inf"))
-    gl.store(lse_ptr + row * QUERIES + g, lse * _LN2, mask=g < HERE)
+    gl.store(lse_ptr + row * QUERIES + g, lse * _LN2, mask=g < QUERIES)
 
 
 @gluon.jit
@@ -92,7 +96,7 @@ def _of(place, work, programs):
 def _read(
     q_ptr, k_ptr, v_ptr, tail_k_ptr, tail_v_ptr, k_marks_ptr, v_marks_ptr, table_ptr, length_ptr, out_ptr, lse_ptr,
     part_ptr, part_lse_ptr, arrived_ptr, scale, width, rows,
-    COUNT: gl.constexpr, QUERIES: gl.constexpr, HERE: gl.constexpr, QP: gl.constexpr, PARTS: gl.constexpr,
+    COUNT: gl.constexpr, QUERIES: gl.constexpr, QP: gl.constexpr, PARTS: gl.constexpr,
     STAGES: gl.constexpr, EXTRA: gl.constexpr, EVEN: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     AHEAD: gl.constexpr = STAGES - 1
@@ -145,7 +149,7 @@ def _read(
                 )  # fmt: skip
                 async_copy.commit_group()
             coming = gl.load(table + start + AHEAD, mask=start + AHEAD < last, other=0)
-            q, stepped, lifted = queries_of(q_ptr, row, HERE, QUERIES)
+            q, stepped, lifted = queries_of(q_ptr, row, QUERIES)
             back = scale * lifted
             top = gl.full([8, 8], float("-inf"), gl.float32, EACH)
             total = gl.zeros([8, 8], gl.float32, EACH)
@@ -154,8 +158,7 @@ def _read(
             acc1, acc2, acc3 = acc0, acc0, acc0
             if (stop >= row_stop) & (length > 0):
                 top, total, acc0, acc1, acc2, acc3 = begin(
-                    q_ptr, tail_k_ptr, tail_v_ptr, row, length - newest * 64, scale, top, total, acc0, acc1, acc2, acc3,
-                    HERE, QUERIES,
+                    q_ptr, tail_k_ptr, tail_v_ptr, row, length - newest * 64, scale, QUERIES
                 )  # fmt: skip
             slot = 0
             for index in range(start, last):
@@ -185,24 +188,18 @@ def _read(
             m = gl.arange(0, 8, gl.SliceLayout(0, MMA))
             if first_part == last_part:
                 at = row * QUERIES
-                _leave(out_ptr + at * 128, acc0, safe, 0, HERE)
-                _leave(out_ptr + at * 128, acc1, safe, 1, HERE)
-                _leave(out_ptr + at * 128, acc2, safe, 2, HERE)
-                _leave(out_ptr + at * 128, acc3, safe, 3, HERE)
-                gl.store(lse_ptr + at + m, lse * _LN2, mask=m < HERE)
+                _leave(out_ptr + at * 128, acc0, acc1, acc2, acc3, safe, QUERIES)
+                gl.store(lse_ptr + at + m, lse * _LN2, mask=m < QUERIES)
             else:
                 at = (program + row) * QUERIES  # a part's own: both grow, and one of them with every part
-                _leave(part_ptr + at * 128, acc0, safe, 0, HERE)
-                _leave(part_ptr + at * 128, acc1, safe, 1, HERE)
-                _leave(part_ptr + at * 128, acc2, safe, 2, HERE)
-                _leave(part_ptr + at * 128, acc3, safe, 3, HERE)
-                gl.store(part_lse_ptr + at + m, lse, mask=m < HERE)
+                _leave(part_ptr + at * 128, acc0, acc1, acc2, acc3, safe, QUERIES)
+                gl.store(part_lse_ptr + at + m, lse, mask=m < QUERIES)
                 barrier()  # all of this program's part is written before it says so
                 before = gl.atomic_add(arrived_ptr + row, 1, sem="acq_rel")
                 if before == last_part - first_part:
                     gl.store(arrived_ptr + row, 0)
                     _join(
-                        out_ptr, lse_ptr, part_ptr, part_lse_ptr, row, first_part, last_part, QUERIES, HERE, QP, PARTS
+                        out_ptr, lse_ptr, part_ptr, part_lse_ptr, row, first_part, last_part, QUERIES, QP, PARTS
                     )  # fmt: skip
 
 
@@ -210,7 +207,7 @@ def read(
     q: Tensor, paged: Paged, scale: float, plan: ReadPlan | None = None, *, stages: int = 2, parts: int = _TOGETHER,
     extra: int = _TAIL, registers: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See :func:`kvthrift.kernels.paged.paged_attend`; of what :func:`takes` allows.
+    """See :func:`kvthrift.kernels.paged.paged_attend`; of what is sent here from there.
 
     Args:
         stages, parts, extra, registers: for measuring.
@@ -228,7 +225,7 @@ def read(
     _read[(plan.programs,)](
         q.contiguous(), coded.keys, coded.values, paged.keys, paged.values, coded.key_marks, coded.value_marks,
         paged.table, paged.lengths, out, lse, plan.parts, plan.lses, plan.arrived, scale * LOG2E, width, rows,
-        COUNT=max(32, triton.next_power_of_2(rows)), QUERIES=queries, HERE=queries,
+        COUNT=max(32, triton.next_power_of_2(rows)), QUERIES=queries,
         QP=triton.next_power_of_2(queries), PARTS=parts, STAGES=stages, EXTRA=extra, EVEN=plan.even, num_warps=1,
         maxnreg=registers or None, **launch(q.device),
     )  # fmt: skip
