@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tests.integrations.transformers.test_joining import Seen
+from tests.integrations.transformers.test_horizontal_fusion import Seen
 from tests.kernels.test_linears import GPUS, given, wanted
 from tests.models import VOCABULARY, text, tiny
 from torch import Tensor

@@ -58,7 +58,7 @@ class GraphSteps:
         compiled: fuse the model's elementwise operations by ``torch.compile`` first (takes a while, once a model); or
             the name of a mode of ``torch.compile`` without graphs of its own; or options for it by name, with
             ``mode`` among them if need be. Products of 33 to 64 rows are also joined where they have their input in
-            common (:mod:`.joining`), unless the options have ``joined=False``.
+            common (:mod:`.horizontal_fusion`), unless the options have ``joined=False``.
 
     Raises:
         GraphUnavailableError: the step cannot be recorded. The cache is as it was, but for the pages taken.
@@ -162,7 +162,7 @@ def _options(how: Fusing) -> dict[str, Any]:
         _say_apart(f"the options have a {_PASS} of their own")
         return options
     try:
-        from kvthrift.integrations.transformers.joining import JoinProducts
+        from kvthrift.integrations.transformers.horizontal_fusion import JoinProducts
     except ImportError as error:
         _say_apart(f"this torch has no place for it ({error})")
         return options

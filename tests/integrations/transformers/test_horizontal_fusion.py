@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kvthrift.errors import OptionError
 from kvthrift.integrations.transformers import graph as module
-from kvthrift.integrations.transformers.joining import JoinProducts
+from kvthrift.integrations.transformers.horizontal_fusion import JoinProducts
 
 PASS = "post_grad_custom_pre_pass"
 HERE = JoinProducts(fewest=2, devices=("cpu",))

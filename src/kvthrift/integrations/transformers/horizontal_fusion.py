@@ -1,4 +1,4 @@
-"""A pass over the compiler's graphs: products of few rows that have their input in common become one launch.
+"""Horizontal fusion, a pass over the compiler's graphs: products of few rows with one input become one launch.
 
 It knows graphs, not models: whatever multiplies one input by several parameters is found (queries, keys and values;
 gates and what they gate). Weights stay what they are and where they are.
