@@ -178,6 +178,7 @@ def main() -> None:
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
             "STAGES": 3,
             "EARLY": True,
+            "LATE": not even,
         }
         scalars = {"scale": "fp32", "width": "i32", "rows": "i32", "runs": "i32"}
         types = {**pointers, "arrived_ptr": "*i32", "turn_ptr": "*i32", **scalars}

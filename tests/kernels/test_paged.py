@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kvthrift.errors import OptionError
 from kvthrift.kernels import Paged, naive, paged_append, paged_attend, plan_read, unfit
+from kvthrift.kernels.plan import cut_read
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
@@ -203,6 +206,43 @@ def test_triton_reads_half_precision(dtype: torch.dtype) -> None:
 def test_channels_are_shared_out_among_helpers_without_a_rest() -> None:
     with pytest.raises(OptionError, match="helpers=3"):
         plan_read(2, 8, 1, 16, torch.device("cpu"), helpers=3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "pages", "dim", "way", "programs"),
+    [
+        (8, 128, 128, {"even": True}, 128),
+        (8, 4096, 128, {"even": True}, 128),  # a program a multiprocessor, if it is read in whole rows
+        (64, 8192, 128, {"even": True}, 128),
+        (8, 4096, 64, {"even": True}, 256),
+        (64, 32768, 128, {"even": True}, 512),  # as many as have room at once
+        (512, 32768, 128, {"even": True}, 512),
+        (1024, 32768, 128, {"even": True}, 1024),
+        (560, 35840, 128, {"even": True}, 528),
+        (160, 5120, 128, {}, 528),
+        (320, 20480, 64, {"even": True}, 528),
+        (560, 36000, 128, {}, 528),
+        (8, 4096, 128, {}, 216),
+        (128, 8192, 128, {}, 192),
+        (128, 16384, 128, {}, 528),
+        (40, 20480, 128, {}, 528),
+        (64, 4096, 128, {"even": True, "coded": True}, 512),
+        (64, 32768, 128, {"even": True, "coded": True}, 1024),
+        (560, 35840, 128, {"even": True, "coded": True}, 1056),
+    ],
+)
+def test_plans_that_were_the_fastest_measured_of_132_multiprocessors(
+    rows: int, pages: int, dim: int, way: dict[str, Any], programs: int
+) -> None:
+    assert cut_read(rows, pages, 4, dim, 132, **way).programs == programs
+
+
+@given(st.integers(1, 300), st.integers(0, 3000), st.integers(1, 200), st.booleans(), st.booleans(), st.booleans())
+def test_every_page_has_a_program(rows: int, more: int, each: int, even: bool, coded: bool, wide: bool) -> None:
+    pages = rows * (1 + more // rows) if even else rows + more
+    cut = cut_read(rows, pages, 4, 128 if wide else 64, each, even=even, coded=coded)
+    assert 1 <= cut.programs <= cut.grid <= cut.programs + rows
+    assert not cut.late or (cut.aligned and cut.few)
 
 
 def test_strided_queries_are_read_as_they_stand() -> None:

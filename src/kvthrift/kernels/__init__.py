@@ -16,8 +16,9 @@ from kvthrift.kernels.observe import (
     window_attention,
     window_sums,
 )
-from kvthrift.kernels.paged import Paged, ReadPlan, paged_append, paged_attend, plan_read, unfit
+from kvthrift.kernels.paged import Paged, paged_append, paged_attend, unfit
 from kvthrift.kernels.pages import PageBounds, best_pages, page_bounds, page_scores, update_bounds
+from kvthrift.kernels.plan import ReadPlan, plan_read
 
 __all__ = [
     "PageBounds",

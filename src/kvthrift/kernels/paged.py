@@ -21,12 +21,9 @@ from kvthrift.core import AttentionOutput
 from kvthrift.errors import OptionError
 from kvthrift.kernels import naive
 from kvthrift.kernels.codes import Coded, Format, groups
+from kvthrift.kernels.plan import ReadPlan
 
 _LARGEST_DIM = 256
-_LONGEST_RUN = 32  # pages that one program reads where there are many
-_SHORT_RUN = 4  # pages that one program reads where there are few, and yet a program for every multiprocessor
-_HELPERS = 8  # programs that join the parts of a long row; 0: the last to arrive does it alone
-_PATIENCE = {True: 64, False: 4}  # looks of a helper at what is missing; with few programs all of them run at once
 
 
 @dataclass(frozen=True)
@@ -61,103 +58,6 @@ class Paged:
     def page(self) -> int:
         """Entries a page."""
         return self.keys.shape[1]
-
-
-@dataclass(frozen=True)
-class ReadPlan:
-    """How many programs share a read, and where their parts meet; made once and used step after step.
-
-    Attributes:
-        programs: equal runs that the pages of all rows are cut into.
-        grid: programs that are launched: as many, or more where runs end with rows (``aligned``) and some are shorter.
-        aligned: no run has pages of two rows; always so where rows are even and ``programs`` a multiple of them.
-        even: every row is as long as the first, so that nothing need be summed up; where ``programs`` is a multiple
-            of the rows, each row is cut by itself.
-        few: at most two programs for a multiprocessor, each of which had better have many pages on their way.
-        parts: ``[grid + rows, queries, Dv]`` float32 scratch.
-        lses: ``[grid + rows, queries]`` float32 scratch.
-        arrived: ``[rows]`` int32, all zero between reads.
-        turns: ``[rows]`` int32, of which but the highest bit is zero between reads.
-        helpers: programs that join a long row's parts, a slice of the channels each; a power of two, 0 for the last
-            to arrive alone.
-        polls: how often a helper looks whether all have arrived before it leaves its slice to the last.
-    """
-
-    programs: int
-    even: bool
-    few: bool
-    parts: Tensor
-    lses: Tensor
-    arrived: Tensor
-    turns: Tensor
-    grid: int
-    aligned: bool
-    helpers: int
-    polls: int
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the scratch."""
-        return sum(t.numel() * t.element_size() for t in (self.parts, self.lses, self.arrived, self.turns))
-
-
-def plan_read(
-    rows: int,
-    pages: int,
-    queries: int,
-    value_dim: int,
-    device: torch.device,
-    *,
-    even: bool = False,
-    coded: bool = False,
-    programs: int = 0,
-    aligned: bool | None = None,
-    helpers: int = _HELPERS,
-) -> ReadPlan:
-    """Cut a read so that the device is filled, and yet no run is too short to be worth a part.
-
-    A plan is right for any lengths (an even one for equal lengths); it is fast for about as many pages as it was
-    made for.
-
-    Args:
-        rows: heads of all sequences.
-        pages: of all rows together.
-        queries: query vectors a row (group times query length).
-        value_dim: Dv.
-        device: where the scratch lives.
-        even: all rows are, and will be, equally long.
-        coded: pages are in few bits, which programs of one warp read.
-        programs: or 0, chosen from the device's multiprocessors.
-        aligned, helpers: see :class:`ReadPlan`; for measuring. Runs end with rows where rows are few.
-
-    Raises:
-        OptionError: ``helpers`` is not 0, 2, 4 or 8.
-    """
-    if helpers not in (0, 2, 4, 8):
-        raise OptionError(f"helpers={helpers} cannot share out the channels of a part: 0, 2, 4 or 8 can.")
-    each = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    aligned = not even and (rows <= each and not coded if aligned is None else aligned)
-    if not programs:
-        most, short = (4 * each, _SHORT_RUN // 2) if coded else (2 * each, _SHORT_RUN)
-        run = max(1, min(_LONGEST_RUN, max(-(-pages // most), min(short, round(pages / each)))))
-        programs = rows * -(-pages // (rows * run)) if even and rows else -(-pages // run)
-        if aligned and each < programs <= 2 * each:
-            programs = each * 16 // 11  # with a run more a row they still fit, and start together
-    programs, few = max(programs, 1), programs <= 2 * each
-    grid = programs + rows if aligned else programs  # a run more a row: the last of each may be short
-    return ReadPlan(
-        programs,
-        even,
-        few,
-        torch.empty(grid + rows, queries, value_dim, dtype=torch.float32, device=device),
-        torch.empty(grid + rows, queries, dtype=torch.float32, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
-        grid,
-        aligned,
-        helpers,
-        _PATIENCE[few],
-    )
 
 
 def unfit(
@@ -209,7 +109,7 @@ def paged_attend(
         q: ``[B, HG, Q, Dk]`` in the dtype of the pages.
         paged: ``rows = B * H``.
         scale: factor on the logits.
-        plan: from :func:`plan_read` for as many rows and queries; made here if None.
+        plan: from :func:`~kvthrift.kernels.plan.plan_read` for as many rows and queries; made here if None.
         causal: the last Q entries of every row are the queries' own: query ``i`` of Q sees the first
             ``length - Q + i + 1`` entries.
         window: entries at ``position - window`` of a query, or before, get no weight; their pages are read though.

@@ -118,7 +118,7 @@ class FixedSteps:
             raise CacheStateError("a step of fixed room is one token for every sequence.")
         paged = store.paged()
         rows = len(paged.lengths)
-        pages = int((-(-(store.lengths + self.room) // store.page)).sum())
+        pages = int((-(-(store.lengths + self.room // 2) // store.page)).sum())  # half way through
         key = (rows, pages, q.shape[0] * q.shape[1] // rows, v.shape[-1])
         even, coded = store.uniform, paged.coded is not None  # and stay so: every row grows by one a step
         if (*key, even, coded) not in self._plans:

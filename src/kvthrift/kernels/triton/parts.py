@@ -28,10 +28,18 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 
 @triton.jit
-def await_others(EARLY: tl.constexpr):
-    """What was launched before is done from here on; what is launched next may come and wait."""
+def await_others(EARLY: tl.constexpr, LET: tl.constexpr = True):
+    """What was launched before is done from here on; what is launched next may come and wait, if it is let."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
+    if LET:
+        let_others(EARLY)
+
+
+@triton.jit
+def let_others(EARLY: tl.constexpr):
+    """What is launched next may come and wait."""
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
 

@@ -17,17 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvthrift.kernels.plan import ReadPlan, plan_read
 from kvthrift.kernels.triton.combine import NARROWEST, settle
-from kvthrift.kernels.triton.parts import LN2, await_others, launch, of_row
+from kvthrift.kernels.triton.parts import LN2, await_others, launch, let_others, of_row
 from kvthrift.kernels.triton.sight import LOG2E, behind, blocks, capped, ends_of, features, oldest
 
 if TYPE_CHECKING:
-    from kvthrift.kernels.paged import Paged, ReadPlan
+    from kvthrift.kernels.paged import Paged
 
 _MOST = 128 * 128  # numbers of an output that one program holds, at most
 _MANY = 128  # queries of one program, at most
 _JOINED = 8192  # numbers of several parts that are joined at once
-_DEEP = 5  # pages on their way at once where programs are too few to hide each other's waiting
+_AHEAD = 3  # pages on their way where programs are too few to hide each other's waiting, and equal; else one less
 _LOG2E = tl.constexpr(LOG2E)
 
 
@@ -40,9 +41,9 @@ def _read(
     EVEN: tl.constexpr, ROWWISE: tl.constexpr, ALIGNED: tl.constexpr,
     HELPERS: tl.constexpr, POLLS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, STEPS: tl.constexpr,
-    HEADS: tl.constexpr, EARLY: tl.constexpr,
+    HEADS: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    await_others(EARLY)
+    await_others(EARLY, not LATE)
     program, programs = tl.program_id(0), tl.num_programs(0)
     if EVEN:
         length = tl.load(length_ptr)
@@ -132,6 +133,8 @@ def _read(
                 total = total * shrink + tl.sum(weights, 1)
                 acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
                 top = high
+            if LATE:
+                let_others(EARLY)
             safe = tl.where(total > 0, total, 1.0)
             lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))
             if not (ROWWISE or ALIGNED):
@@ -158,8 +161,6 @@ def read(
     positions: Tensor | None = None, cap: float | None = None, warps: int = 0, stages: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`kvthrift.kernels.paged.paged_attend`; ``warps`` and ``stages`` are for measuring."""
-    from kvthrift.kernels.paged import plan_read
-
     b, heads, length, dim = q.shape
     rows, width = paged.table.shape
     value_dim = paged.values.shape[-1]
@@ -170,7 +171,7 @@ def read(
     deep, wide = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
     sight, bias = features(q, rows, causal, window, positions, cap), paged.bias
     helpers = min(plan.helpers, wide // NARROWEST)
-    stages = stages or (min(_DEEP, _room(paged)) if plan.few else 2)
+    stages = stages or _stages(paged, plan)
     for first, here in blocks(queries, sight["STEPS"], _most(paged, max(deep, wide))):
         tall, grouped = max(16, triton.next_power_of_2(here)), triton.next_power_of_2(here)
         _read[(plan.grid,)](
@@ -182,7 +183,7 @@ def read(
             DVP=wide, QP=grouped, PARTS=max(1, _JOINED // (grouped * wide)), PAGE=paged.page,
             EVEN=plan.even, ROWWISE=plan.even and plan.programs % rows == 0, ALIGNED=plan.aligned,
             HELPERS=helpers, POLLS=plan.polls, HAS_BIAS=bias is not None,
-            STAGES=stages,
+            STAGES=stages, LATE=plan.late,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=warps or _warps(q, tall, max(deep, wide)), **launch(q.device),
         )  # fmt: skip
@@ -203,11 +204,17 @@ def _warps(q: Tensor, tall: int, dim: int) -> int:
     return 2 if q.element_size() == 2 and tall * dim <= 16 * 128 else 4
 
 
+def _stages(paged: Paged, plan: ReadPlan) -> int:
+    """Of the loop over pages: its table's entries are loaded as long before pages are as those before they are used."""
+    ahead = min(_AHEAD if plan.even else _AHEAD - 1, _room(paged) // 2) if plan.few else 0
+    return 2 * ahead + 1 if ahead else 2
+
+
 def _room(paged: Paged) -> int:
     """Pages, of keys and values, that fit into a multiprocessor's shared memory."""
     page = paged.page * (paged.keys.shape[-1] + paged.values.shape[-1]) * paged.keys.element_size()
     if not paged.keys.is_cuda:
-        return _DEEP
+        return 2 * _AHEAD
     device = torch.cuda.get_device_properties(paged.keys.device)
     held = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
-    return max(2, int(held) * 7 // 8 // page)
+    return int(held) * 7 // 8 // page

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvthrift.kernels.codes import groups
+from kvthrift.kernels.plan import ReadPlan, plan_read
 from kvthrift.kernels.triton.parts import LN2, await_others, join, launch, of_row
 from kvthrift.kernels.triton.planes import (
     ROOM,
@@ -41,7 +42,7 @@ from kvthrift.kernels.triton.sight import LOG2E, behind, blocks, capped, ends_of
 from kvthrift.kernels.triton.unpack import planes_of, rise, steps
 
 if TYPE_CHECKING:
-    from kvthrift.kernels.paged import Paged, ReadPlan
+    from kvthrift.kernels.paged import Paged
 
 _MOST = 32 * 128  # numbers of an output that one program holds, at most
 _MANY = 64  # queries of one program, at most
@@ -237,8 +238,6 @@ def read(
     Args:
         warps, stages, packed, registers: for measuring.
     """
-    from kvthrift.kernels.paged import plan_read
-
     b, heads, length, dim = q.shape
     rows, width = paged.table.shape
     value_dim = paged.values.shape[-1]

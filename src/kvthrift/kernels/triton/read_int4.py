@@ -16,13 +16,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from kvthrift.kernels.plan import ReadPlan, plan_read
 from kvthrift.kernels.triton.fragments import EACH, HALVES, LINE, MMA, ROWS, barrier, columns, send
 from kvthrift.kernels.triton.page_int4 import LEAST, ROOM, add, begin, queries_of, settled
 from kvthrift.kernels.triton.parts import launch
 from kvthrift.kernels.triton.sight import LOG2E
 
 if TYPE_CHECKING:
-    from kvthrift.kernels.paged import Paged, ReadPlan
+    from kvthrift.kernels.paged import Paged
 
 _LN2 = gl.constexpr(0.6931471805599453)
 _WAIT = gl.constexpr("griddepcontrol.wait; griddepcontrol.launch_dependents; // dummy $0")
@@ -212,8 +213,6 @@ def read(
     Args:
         stages, parts, extra, registers: for measuring.
     """
-    from kvthrift.kernels.paged import plan_read
-
     b, heads, length, dim = q.shape
     rows, width = paged.table.shape
     queries = heads * b * length // rows
