@@ -14,7 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kvthrift.kernels.linears import MOST_ROWS, Setting, tiles_of
-from kvthrift.kernels.triton.parts import launch
+from kvthrift.kernels.triton.parts import await_others, launch
+
+AHEAD = tl.constexpr(8)  # lines of 128 bytes of each row that are asked for before the input is there
+LINE = tl.constexpr(64)  # numbers of a line
 
 
 @triton.jit
@@ -31,6 +34,13 @@ def _of(index, first, second, third, fourth, MANY: tl.constexpr):
 
 
 @triton.jit
+def _ask_for(at):
+    """Have the lines at such addresses brought into the L2 cache; nobody waits for them."""
+    fetch: tl.constexpr = "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }"
+    tl.inline_asm_elementwise(fetch, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _linears(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, w3_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr,
     n0, n1, n2, n3, rows, x_stride, run,
@@ -39,8 +49,6 @@ def _linears(
 ):  # fmt: skip
     STEPS: tl.constexpr = (K + BK - 1) // BK
     EVEN: tl.constexpr = K % BK == 0
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     m, n, k = tl.arange(0, M), tl.arange(0, NB), tl.arange(0, BK)
     t1 = (n0 + NB - 1) // NB  # the first tiles of the second matrix, and so on
     t2 = t1 + (n1 + NB - 1) // NB
@@ -49,14 +57,16 @@ def _linears(
     first = tl.program_id(0) * run
     x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
     real = (m < rows)[:, None]  # the last row again, in place of what is not there, would be asked for by all at once
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     for tile in range(first, tl.minimum(first + run, tiles)):
         which = (tile >= t1).to(tl.int32) + (tile >= t2).to(tl.int32) + (tile >= t3).to(tl.int32)
         columns = _of(which, n0, n1, n2, n3, MANY)
         base = (tile - _of(which, 0, t1, t2, t3, MANY)) * NB
         w_ptr = _of(which, w0_ptr, w1_ptr, w2_ptr, w3_ptr, MANY) + base.to(tl.int64) * K
-        w_at = w_ptr + (tl.minimum(n, columns - 1 - base) * K)[:, None] + k[None, :]  # behind the last: the last again
+        w_rows = w_ptr + (tl.minimum(n, columns - 1 - base) * K)[:, None]  # behind the last: the last again
+        if EARLY and tile == first:  # weights do not change: their first part is on its way when the input is there
+            _ask_for(w_rows + tl.minimum(tl.arange(0, AHEAD) * LINE, K - 1)[None, :])
+            await_others(EARLY)  # in this order: who comes early may have to do with what was launched before this
+        w_at = w_rows + k[None, :]
         acc = tl.zeros([M, NB], tl.float32)
         for step in tl.range(0, STEPS, num_stages=STAGES):
             there = (step * BK + k < K)[None, :]
