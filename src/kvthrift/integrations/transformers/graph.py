@@ -23,6 +23,7 @@ from kvthrift.runtime.fixed import FixedSteps
 
 _LOG = logging.getLogger("kvthrift")
 _WARM_UP = 2
+_BATCHES = 64  # sizes of a batch, and options, that a process may compile for; what is over would stay in pieces
 _PASS = "post_grad_custom_pre_pass"
 Fusing = bool | str | Mapping[str, Any]
 
@@ -134,11 +135,12 @@ class GraphSteps:
 def _fused(model: PreTrainedModel, how: Fusing) -> Callable[..., Any]:
     """The model's forward pass, compiled in pieces between attention and attention."""
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    most = _BATCHES * layers
     compiled = torch.compile(model.__call__, dynamic=False, options=_options(how))
 
     def forward(**kwargs: Any) -> Any:
         # a module's number is part of its code to the compiler, so each layer is compiled by itself
-        with torch._dynamo.config.patch(recompile_limit=4 * layers, accumulated_recompile_limit=64 * layers):
+        with torch._dynamo.config.patch(recompile_limit=most, accumulated_recompile_limit=most):
             return compiled(**kwargs)
 
     return forward
