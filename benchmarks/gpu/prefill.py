@@ -4,10 +4,10 @@
 
 Random weights in the shape of Llama-3.1-8B in bf16, random tokens. Transformers' own cache (sdpa) and kvthrift's run in
 turn in one process, its own before and after kvthrift's; seconds are medians of readings behind one that is not counted
-(none is left out from 128K on), peaks are over the weights. A method's options follow its name
-(`--methods h2o,h2o:products=int8`). `--only` names the parts: 32K, 128K (or any such length),
-and 1M, a million tokens in chunks, which reads 256K first and stops after `--seconds`: what it has read by then is its
-result, and what the rest would take is marked as an extrapolation.
+(none is left out from 128K on, where `--long` says how many there are), peaks are over the weights. A method's options
+follow its name (`--methods h2o,h2o:products=int8`). `--only` names the parts: 32K, 128K (or any such length), and 1M, a
+million tokens in chunks, which reads 256K first and stops after `--seconds`: what it has read by then is its result,
+and what the rest would take is marked as an extrapolation.
 """
 
 from __future__ import annotations
@@ -159,6 +159,7 @@ def main(
     methods: str = "full,snapkv,adakv,expected_attention",
     short: Annotated[str, typer.Option(help="methods that are read up to 32K only")] = "h2o",
     repeats: int = 3,
+    long: Annotated[int, typer.Option(help="as `--repeats`, from 128K on")] = 1,
     seconds: Annotated[float, typer.Option(help="the most that each reading in chunks may take")] = 120.0,
     out: Annotated[Path | None, typer.Option(help="append the Markdown here")] = None,
 ) -> None:
@@ -173,7 +174,7 @@ def main(
     lines = [
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}, transformers {transformers.__version__}, kvthrift "
         f"{kvthrift.__version__}, Python {platform.python_version()}. Budget {BUDGET} entries a head; medians of "
-        f"{repeats} (of one from 128K on).",
+        f"{repeats} (of {long} from 128K on).",
         "",
         "| prompt | cache | prefill s | over transformers | peak GiB over weights | GiB held |",
         "|---|---|---:|---:|---:|---:|",
@@ -184,7 +185,7 @@ def main(
             continue
         length = int(part.removesuffix("K")) * 1024
         chosen = methods + (f",{short}" if short and length <= 2**15 else "")
-        lines += rows(model, length, chosen.split(","), *((repeats, 1) if length < 2**17 else (1, 0)))
+        lines += rows(model, length, chosen.split(","), *((repeats, 1) if length < 2**17 else (long, 0)))
     text = "\n".join(lines)
     print(text)
     if out is not None:
