@@ -22,6 +22,7 @@ from typing import Annotated
 import torch
 import triton
 import typer
+from publish import publish
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -292,12 +293,7 @@ def main(
         lines += ["", *formats_table(formats, formats_at, pages, repeats, sweep, peak)]
     if small:
         small_sweep(repeats)
-    text = "\n".join(lines)
-    print(text)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n\n")
+    publish(lines, out)
 
 
 if __name__ == "__main__":

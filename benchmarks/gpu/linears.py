@@ -23,6 +23,7 @@ import torch
 import triton
 import typer
 from decode_kernel import copy_bandwidth, per_call
+from publish import publish
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -160,12 +161,7 @@ def main(
     lines += ["", "| products of a layer | rows | us | with a small kernel before each us |", "|---|---:|---:|---:|"]
     for n in many:
         lines += chain([case.of_rows(n) for case in made.values()], repeats)
-    text = "\n".join(lines)
-    print(text)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n\n")
+    publish(lines, out)
 
 
 if __name__ == "__main__":

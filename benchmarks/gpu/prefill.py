@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from publish import publish
 from step import shape_of_8b
 from transformers import DynamicCache
 
@@ -186,12 +187,7 @@ def main(
         length = int(part.removesuffix("K")) * 1024
         chosen = methods + (f",{short}" if short and length <= 2**15 else "")
         lines += rows(model, length, chosen.split(","), *((repeats, 1) if length < 2**17 else (long, 0)))
-    text = "\n".join(lines)
-    print(text)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n\n")
+    publish(lines, out)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 import triton
 import typer
 from decode_kernel import copy_bandwidth
+from publish import publish
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -358,10 +359,7 @@ def main(
         if sweeping and name == "32K":
             sweep(layer, 3)
         del layer, parts, part
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n\n")
+    publish(lines, out)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 import transformers
 import triton
 import typer
+from publish import publish
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import kvthrift
@@ -207,12 +208,7 @@ def main(
     for name in cases.split(","):
         lines.append(measure(model, name, peak, repeats, noise, compiled=compiled, mode=mode))
         print(lines[-1], flush=True)
-    text = "\n".join(lines)
-    print(text)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n\n")
+    publish(lines, out)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from publish import publish
+
 LAYERS, HEADS, DIM, LENGTH, SHARE = 32, 8, 128, 32768, 8
 ENGINES = {
     "transformers": "transformers, full cache",
@@ -245,24 +247,18 @@ def main() -> None:
     full = [found["batch"] / found["step"] for found in rows if found["engine"] in ("transformers", "kvthrift-full")]
     if not full:
         raise SystemExit("no baseline was measured")
-    text = "\n".join(
-        [
-            f"{rows[0]['device']}; prompts of {LENGTH:,} tokens, {LENGTH // SHARE:,} entries kept; shape of "
-            f"Llama-3.1-8B, bf16. Decode steps at the largest batch that fits, medians of {options.repeats}; 'times "
-            "full': of the better full cache; with prompts: reading all of them, one after another, counted for "
-            f"{ANSWER:,} tokens of answer each.",
-            "",
-            "| engine | s a prompt | GiB a sequence | largest batch | ms a step | tokens/s | times full | with prompts "
-            "| versions |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---|",
-            *(row(found, max(full)) for found in rows),
-        ]
-    )
-    print(text)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n\n")
+    lines = [
+        f"{rows[0]['device']}; prompts of {LENGTH:,} tokens, {LENGTH // SHARE:,} entries kept; shape of "
+        f"Llama-3.1-8B, bf16. Decode steps at the largest batch that fits, medians of {options.repeats}; 'times "
+        "full': of the better full cache; with prompts: reading all of them, one after another, counted for "
+        f"{ANSWER:,} tokens of answer each.",
+        "",
+        "| engine | s a prompt | GiB a sequence | largest batch | ms a step | tokens/s | times full | with prompts "
+        "| versions |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+        *(row(found, max(full)) for found in rows),
+    ]
+    publish(lines, options.out)
 
 
 if __name__ == "__main__":

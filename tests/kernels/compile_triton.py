@@ -133,6 +133,8 @@ def compile_linears(dtype: str, rows: int, depth: int, setting: Setting, biased:
             types, constants = {k: v for k, v in types.items() if k != name}, {**constants, name: 1}
     binary = compile_kernel(linears._linears, types, constants, cut.warps, sizes)
     assert stack(binary) == 0, "a product has more numbers than registers"
+    found = [instructions(binary).index(word) for word in ("CCTL.E.PF2", "ACQBULK", "PREEXIT", "LDGSTS")]
+    assert found == sorted(found), "weights are asked for, then others waited for, then let in"
     found = instructions(binary)
     assert f"HGMMA.64x{cut.columns * 4 // cut.warps}x16" in found
     assert "LDGSTS.E.BYPASS.128" in found, "loads are not 16 bytes wide"
