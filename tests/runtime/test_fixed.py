@@ -89,6 +89,18 @@ def test_trial_steps_leave_no_trace() -> None:
     )
 
 
+def test_layers_that_are_cut_alike_share_their_scratch() -> None:
+    model, cache = read("adakv")
+    lengths = [layer.store.lengths.tolist() for layer in cache.state.layers if layer.store is not None]
+    assert lengths[0] != lengths[1]
+    with FixedSteps(cache.state, 4) as steps, torch.no_grad():
+        model(  # type: ignore[operator]
+            input_ids=torch.ones(1, 1, dtype=torch.long), position_ids=steps.positions[:, None], past_key_values=cache
+        )
+        steps.positions.add_(1)
+        assert len(steps._plans) == 1
+
+
 @pytest.mark.parametrize("codec", ["int4", "fp8"])
 def test_a_trial_that_writes_a_full_page_is_taken_back_too(codec: str) -> None:
     model = tiny("llama")

@@ -102,10 +102,15 @@ def plan_read(
     """
     if helpers not in (0, 2, 4, 8):
         raise OptionError(f"helpers={helpers} cannot share out the channels of a part: 0, 2, 4 or 8 can.")
-    each = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    cut = cut_read(
-        rows, pages, queries, value_dim, each, even=even, coded=coded, programs=programs, aligned=aligned
-    )  # fmt: skip
+    each = multiprocessors(device)
+    cut = cut_read(rows, pages, queries, value_dim, each, even=even, coded=coded, programs=programs, aligned=aligned)
+    return with_scratch(cut, rows, queries, value_dim, device, helpers=helpers)
+
+
+def with_scratch(
+    cut: Cut, rows: int, queries: int, value_dim: int, device: torch.device, *, helpers: int = _HELPERS
+) -> ReadPlan:
+    """A plan of its own; reads that follow one another may share it, and those of one cut had better."""
     return ReadPlan(
         **vars(cut),
         parts=torch.empty(cut.grid + rows, queries, value_dim, dtype=torch.float32, device=device),
@@ -115,6 +120,11 @@ def plan_read(
         helpers=helpers,
         polls=_PATIENCE[cut.few],
     )
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; what is interpreted elsewhere has four."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def cut_read(

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from kvthrift.core import ModuleFacts
 from kvthrift.errors import CacheStateError
-from kvthrift.kernels import ReadPlan, paged_append, paged_attend, plan_read
+from kvthrift.kernels import Paged, ReadPlan, paged_append, paged_attend
+from kvthrift.kernels.plan import Cut, cut_read, multiprocessors, with_scratch
 from kvthrift.runtime.gather import Gathering, check
 from kvthrift.runtime.step import Step
 
 if TYPE_CHECKING:
     from kvthrift.runtime.state import CacheState
+    from kvthrift.store import LayerStore
 
 
 class FixedSteps:
@@ -57,7 +59,7 @@ class FixedSteps:
         self._before = 0  # steps that the host was told of
         self._step: Step | None = None
         self._turn: Tensor | None = None  # [1] number of the step under way
-        self._plans: dict[tuple[int, ...], ReadPlan] = {}
+        self._plans: dict[tuple[int, int, int, Cut], ReadPlan] = {}
         self._gathered = self._gathering()
         self._written = [self.positions, *(t for parts in self._gathered.values() for t in parts.written)]
         for paged in (store.paged() for store in stores):
@@ -117,18 +119,24 @@ class FixedSteps:
         if store is None or q.shape[2] != 1:
             raise CacheStateError("a step of fixed room is one token for every sequence.")
         paged = store.paged()
-        rows = len(paged.lengths)
-        pages = int((-(-(store.lengths + self.room // 2) // store.page)).sum())  # half way through
-        key = (rows, pages, q.shape[0] * q.shape[1] // rows, v.shape[-1])
-        even, coded = store.uniform, paged.coded is not None  # and stay so: every row grows by one a step
-        if (*key, even, coded) not in self._plans:
-            self._plans[*key, even, coded] = plan_read(*key, q.device, even=even, coded=coded)
         paged_append(k, v, self.positions, paged)
-        out = paged_attend(q, paged, scale=scale, plan=self._plans[*key, even, coded]).out
+        out = paged_attend(q, paged, scale=scale, plan=self._plan(store, paged, q, v)).out
         if place in self._gathered:
             step, turn = self._now(place)
             self._gathered[place].see(self.state, q, step, turn, facts)
         return out
+
+    def _plan(self, store: LayerStore, paged: Paged, q: Tensor, v: Tensor) -> ReadPlan:
+        """For as many pages as there are half way through; layers that are cut alike share the scratch."""
+        rows, width = len(paged.lengths), v.shape[-1]
+        queries = q.shape[0] * q.shape[1] // rows
+        pages = int((-(-(store.lengths + self.room // 2) // store.page)).sum())
+        even, coded = store.uniform, paged.coded is not None  # and stay so: every row grows by one a step
+        cut = cut_read(rows, pages, queries, width, multiprocessors(q.device), even=even, coded=coded)
+        key = (rows, queries, width, cut)
+        if key not in self._plans:
+            self._plans[key] = with_scratch(cut, rows, queries, width, q.device)
+        return self._plans[key]
 
     def _now(self, place: int) -> tuple[Step, Tensor]:
         """The step under way, and its number ``[1]``, as the device knows them."""
