@@ -61,8 +61,23 @@ def test_it_is_refused_without_our_cache_too(name: str) -> None:
 def test_a_model_with_an_attention_of_its_own_is_found_out() -> None:
     """BLOOM never calls the attention interface, so what it hands over is not attended to through us."""
     model = build(config("bloom"))
-    with pytest.raises(kvthrift.CacheStateError, match="never attended"):
+    with pytest.raises(UnsupportedModelError, match="type 'bloom' compute attention by code of their own"):
+        kvthrift.prefill(model, text(1, 60), "snapkv", budget=48)
+    with pytest.raises(UnsupportedModelError, match="layer 0 attended without"):
         answer(model, kvthrift.Cache(model.config, "snapkv", budget=48))
+
+
+def test_one_of_a_single_layer_is_found_out_by_the_next_pass() -> None:
+    alone = config("bloom")
+    alone.n_layer = 1
+    with pytest.raises(kvthrift.CacheStateError, match="never attended"):
+        answer(build(alone), kvthrift.Cache(alone, "snapkv", budget=48))
+
+
+def test_a_cache_for_a_model_in_place_of_its_config() -> None:
+    model = tiny("llama")
+    with pytest.raises(kvthrift.OptionError, match=r"not for a LlamaForCausalLM: model\.config"):
+        kvthrift.Cache(model, "snapkv")  # type: ignore[arg-type]
 
 
 def test_sliding_layers_are_left_whole_and_named() -> None:

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvthrift.budget import Budget
 from kvthrift.core import ModuleFacts
-from kvthrift.errors import CacheStateError, ModelMismatchError, RecipeError, UnsupportedModelError
+from kvthrift.errors import CacheStateError, ModelMismatchError, OptionError, RecipeError, UnsupportedModelError
 from kvthrift.integrations.transformers.attention import NAME
 from kvthrift.integrations.transformers.delimiters import delimiter_ids
 from kvthrift.integrations.transformers.facts import config_fingerprint, module_facts, refuse
@@ -50,6 +50,7 @@ class Cache(HFCache):
         options: the method's options, where ``recipe`` is a name.
 
     Raises:
+        OptionError: ``config`` is none, a model for instance.
         RecipeError: no such method or option, or a value that cannot be honoured.
         BudgetError: the budget cannot be read, or is below what the recipe protects.
         UnsupportedModelError: an architecture that kvthrift does not compress.
@@ -67,6 +68,8 @@ class Cache(HFCache):
         observe: Sequence[str | Recipe] = (),
         **options: Any,
     ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise OptionError(f"a cache is made for a model's config, not for a {type(config).__name__}: model.config.")
         refuse(config)
         self.config = config
         self.fingerprint = config_fingerprint(config)

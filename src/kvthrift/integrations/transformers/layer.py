@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from kvthrift.allocate import DeletedHeads
-from kvthrift.errors import CacheStateError, ModelMismatchError
+from kvthrift.errors import CacheStateError, ModelMismatchError, UnsupportedModelError
 from kvthrift.integrations.transformers.attention import HANDLE, untraced
 from kvthrift.integrations.transformers.facts import config_fingerprint, module_facts
 from kvthrift.integrations.transformers.stand_ins import StandIns, taken_over
@@ -71,6 +71,20 @@ class CacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: pages are taken as they are needed."""
 
+    def _check_before(self) -> None:
+        """Refuse a model with an attention of its own: what came to the layer before waits there still."""
+        if self.place == 0:
+            return
+        owner = self.owner
+        number = owner.state.layers[self.place - 1].number
+        before = owner.layers[number]
+        if isinstance(before, CacheLayer) and before._staged is not None:
+            before._staged = None
+            raise UnsupportedModelError(
+                f"layer {number} attended without transformers' attention interface, where kvthrift works: models of "
+                f"type {owner.config.model_type!r} compute attention by code of their own, and cannot be compressed."
+            )
+
     @untraced
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values; they are stored once the attention function has seen the queries."""
@@ -82,6 +96,7 @@ class CacheLayer(CacheLayerMixin):
                 "the keys handed over last were never attended to: the model's attention function lost track of the "
                 "cache, or a forward pass failed. Call reset() and start again."
             )
+        self._check_before()
         self._staged = (key_states.detach(), value_states.detach())
         self.is_initialized = True
         key = key_states.view(key_states.shape)  # a tensor of our own to hang the handle on
