@@ -83,6 +83,14 @@ def copy_bandwidth(repeats: int) -> float:
     return 2 * source.numel() * 2 / median(times)
 
 
+def machine(peak: float) -> str:
+    """What was measured on, and a copy's bytes a second there."""
+    return (
+        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, triton {triton.__version__}, Python "
+        f"{platform.python_version()}. A copy moves {peak / 1e12:.2f} TB/s (read and written)."
+    )
+
+
 def layer_of(lengths: Tensor, page: int = PAGE) -> tuple[Tensor, Paged]:
     """Random queries ``[B, HG, 1, D]`` and scattered pages for ``lengths [B, H]``."""
     rows, width = lengths.numel(), int(-(-lengths.max() // page))
@@ -266,8 +274,7 @@ def main(
     torch.manual_seed(0)
     peak = copy_bandwidth(repeats)
     lines = [
-        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, triton {triton.__version__}, Python "
-        f"{platform.python_version()}. A copy moves {peak / 1e12:.2f} TB/s (read and written).",
+        machine(peak),
         "",
         "| entries a head | MB | cuDNN us | flash us | pages us | of copy | ragged 20:1 us | ragged / even |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

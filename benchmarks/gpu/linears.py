@@ -12,7 +12,6 @@ in every line.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import triton
 import typer
-from decode_kernel import copy_bandwidth, per_call
+from decode_kernel import copy_bandwidth, machine, per_call
 from publish import publish
 from torch import Tensor
 from torch.nn import functional as F
@@ -141,10 +139,8 @@ def main(
 ) -> None:
     """Measure this GPU."""
     torch.manual_seed(0)
-    peak = copy_bandwidth(repeats)
     lines = [
-        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, triton {triton.__version__}, Python "
-        f"{platform.python_version()}. A copy moves {peak / 1e12:.2f} TB/s (read and written).",
+        machine(copy_bandwidth(repeats)),
         "",
         "| products | rows | MB | cuBLAS us | joined us | one launch us | TB/s | times |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

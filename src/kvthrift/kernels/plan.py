@@ -151,6 +151,7 @@ def cut_read(
 
 
 def _programs(rows: int, pages: int, each: int, *, even: bool, aligned: bool, coded: bool, alone: bool) -> int:
+    """As many as were the fastest on 132 multiprocessors, in terms of how many there are (``each``)."""
     if even and alone and 0 < rows <= each and (found := _one_each(rows, pages, each)):
         return found
     most, short = (4 * each, 2) if coded else (2 * each, 4)

@@ -76,7 +76,7 @@ def test_one_of_a_single_layer_is_found_out_by_the_next_pass() -> None:
 
 def test_a_cache_for_a_model_in_place_of_its_config() -> None:
     model = tiny("llama")
-    with pytest.raises(kvthrift.OptionError, match=r"not for a LlamaForCausalLM: model\.config"):
+    with pytest.raises(kvthrift.OptionError, match=r"is a LlamaForCausalLM, .* Pass model\.config"):
         kvthrift.Cache(model, "snapkv")  # type: ignore[arg-type]
 
 

@@ -50,7 +50,7 @@ class Cache(HFCache):
         options: the method's options, where ``recipe`` is a name.
 
     Raises:
-        OptionError: ``config`` is none, a model for instance.
+        OptionError: ``config`` is something else, such as the model itself.
         RecipeError: no such method or option, or a value that cannot be honoured.
         BudgetError: the budget cannot be read, or is below what the recipe protects.
         UnsupportedModelError: an architecture that kvthrift does not compress.
@@ -69,7 +69,7 @@ class Cache(HFCache):
         **options: Any,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
-            raise OptionError(f"a cache is made for a model's config, not for a {type(config).__name__}: model.config.")
+            raise OptionError(f"config is a {type(config).__name__}, and no model's config. Pass model.config.")
         refuse(config)
         self.config = config
         self.fingerprint = config_fingerprint(config)

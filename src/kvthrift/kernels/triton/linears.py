@@ -16,8 +16,8 @@ from torch import Tensor
 from kvthrift.kernels.linears import MOST_ROWS, Setting, tiles_of
 from kvthrift.kernels.triton.parts import await_others, launch
 
-AHEAD = tl.constexpr(8)  # lines of 128 bytes of each row that are asked for before the input is there
-LINE = tl.constexpr(64)  # numbers of a line
+_AHEAD = tl.constexpr(8)  # lines of 128 bytes of each row that are asked for before the input is there
+_LINE = tl.constexpr(64)  # numbers of a line
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _linears(
         w_ptr = _of(which, w0_ptr, w1_ptr, w2_ptr, w3_ptr, MANY) + base.to(tl.int64) * K
         w_rows = w_ptr + (tl.minimum(n, columns - 1 - base) * K)[:, None]  # behind the last: the last again
         if EARLY and tile == first:  # weights do not change: their first part is on its way when the input is there
-            _ask_for(w_rows + tl.minimum(tl.arange(0, AHEAD) * LINE, K - 1)[None, :])
+            _ask_for(w_rows + tl.minimum(tl.arange(0, _AHEAD) * _LINE, K - 1)[None, :])
             await_others(EARLY)  # in this order: who comes early may have to do with what was launched before this
         w_at = w_rows + k[None, :]
         acc = tl.zeros([M, NB], tl.float32)
